@@ -1,0 +1,248 @@
+"""Every command's options, typed: a YAML recipe, flags and ``--set a.b=c`` in, one section out.
+
+A recipe has a section for each command, and its keys are the flags with underscores. A recipe holds
+all options of a command; the common ones have a flag. Later sources win: recipe, ``--set``, flags.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+Positive = Annotated[int, Field(gt=0)]
+# YAML reads 1e-3 as a string, so numbers with a point are not held to strict types.
+Real = Annotated[float, Field(strict=False)]
+Fraction = Annotated[Real, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A command's options: unknown fields and loose types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ConvertOptions(Section):
+    """``hysparse convert``: ``pattern``, ``full_layers`` or ``ratio`` places the full layers."""
+
+    layout: Literal["hysparse", "hybrid-swa", "full"] = "hysparse"
+    ratio: str = "1:3"
+    pattern: str | None = None
+    full_layers: list[int] | None = None
+    last_layer_full: bool = True
+    block_size: Positive = 64
+    top_k_tokens: Positive = 1024
+    window_tokens: Annotated[int, Field(gt=1)] = 128
+    dtype: Dtype = "auto"
+    max_shard_size: str = "5GB"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ConvertOptions":
+        if self.top_k_tokens % self.block_size:
+            raise ValueError(
+                f"block_size {self.block_size} does not divide top_k_tokens {self.top_k_tokens}"
+            )
+        if self.pattern is not None and self.full_layers is not None:
+            raise ValueError("pattern and full_layers both place the full layers: give one")
+        return self
+
+
+class FinetuneOptions(Section):
+    """``hysparse finetune``: next-token loss, or with ``teacher`` distillation mixed in."""
+
+    data: str | None = None
+    text_field: str = "text"
+    steps: Positive = 200
+    batch_size: Positive = 8
+    gradient_accumulation: Positive = 1
+    sequence_tokens: Positive = 1024
+    learning_rate: Annotated[Real, Field(gt=0)] = 3e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    decay_fraction: Fraction = 0.2
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.1
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_epsilon: Annotated[Real, Field(gt=0)] = 1e-10
+    max_grad_norm: Annotated[Real, Field(gt=0)] = 1.0
+    teacher: str | None = None
+    distill_weight: Fraction = 1.0
+    trainable: Literal["all", "attention", "new"] = "all"
+    gradient_checkpointing: bool = False
+    save_every_steps: Positive | None = None
+    resume: bool = False
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    seed: int = 0
+    overwrite: bool = False
+
+
+class EvalOptions(Section):
+    """``hysparse eval``: perplexity on ``data``, retrieval accuracy at ``retrieval_tokens``."""
+
+    data: str | None = None
+    text_field: str = "text"
+    sequence_tokens: Positive = 2048
+    max_tokens: Positive | None = None
+    batch_size: Positive = 1
+    retrieval_tokens: list[Positive] = []
+    retrieval_samples: Positive = 20
+    retrieval_form: Literal["magic-number", "secret", "key-value", "recall"] = "magic-number"
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    seed: int = 0
+
+
+class BenchOptions(Section):
+    """``hysparse bench``: KV bytes, prefill and decode, against ``against``."""
+
+    against: list[str] = []
+    context: list[Positive] = [512, 2048]
+    batch: list[Positive] = [1]
+    decode_tokens: Positive = 16
+    repeat: Positive = 3
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    seed: int = 0
+
+
+class InspectOptions(Section):
+    """``hysparse inspect-topk``: one of ``prompt`` or ``data`` is what the model reads."""
+
+    prompt: str | None = None
+    data: str | None = None
+    text_field: str = "text"
+    max_tokens: Positive = 2048
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+
+
+class GenerateOptions(Section):
+    """``hysparse generate``."""
+
+    prompt: str | None = None
+    max_new_tokens: Positive = 128
+    temperature: Annotated[Real, Field(ge=0)] = 0.0
+    top_p: Fraction = 1.0
+    num_beams: Positive = 1
+    chat: bool = False
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    seed: int = 0
+
+
+class Recipe(Section):
+    """A whole recipe file; a section that is absent has its defaults."""
+
+    convert: ConvertOptions = ConvertOptions()
+    finetune: FinetuneOptions = FinetuneOptions()
+    eval: EvalOptions = EvalOptions()
+    bench: BenchOptions = BenchOptions()
+    inspect_topk: InspectOptions = InspectOptions()
+    generate: GenerateOptions = GenerateOptions()
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load_section(
+    kind: type[S],
+    recipe_path: Path | None = None,
+    assignments: tuple[str, ...] = (),
+    flags: dict[str, Any] | None = None,
+) -> S:
+    """The options of one command from a recipe, ``section.field=value`` assignments and flags.
+
+    Args:
+        kind: the section's class, such as ``ConvertOptions``.
+        recipe_path: a YAML file, or None.
+        assignments: what ``--set`` was given; values are read as YAML.
+        flags: field -> value; None means the flag was not given.
+    Raises: InvalidRecipe naming every wrong field at once; UnreadableInput where the file
+        can't be read.
+    """
+    name = next(n for n, field in Recipe.model_fields.items() if field.annotation is kind)
+    source = str(recipe_path) if recipe_path else "options"
+    data = _read_yaml(recipe_path) if recipe_path else {}
+    for assignment in assignments:
+        _assign(data, assignment)
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    section = data.setdefault(name, {})
+    if isinstance(section, dict):
+        section.update(given)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise InvalidRecipe(f"{source}: {_all_errors(error)}") from None
+    resolved: S = getattr(recipe, name)
+    return resolved
+
+
+def to_yaml(section: Section) -> str:
+    """The resolved section as a recipe that ``load_section`` reads back unchanged."""
+    name = next(n for n, field in Recipe.model_fields.items() if field.annotation is type(section))
+    return yaml.safe_dump({name: section.model_dump(mode="json")}, sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnreadableInput(
+            f"recipe {path}: {error.strerror}; give the path of a YAML file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise InvalidRecipe(f"recipe {path} is not valid YAML: {where}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise InvalidRecipe(
+            f"recipe {path} holds a {type(data).__name__}: it must be a mapping of sections, "
+            f"such as {', '.join(Recipe.model_fields)}"
+        )
+    return data
+
+
+def _assign(data: dict[str, Any], assignment: str) -> None:
+    path, separator, value = assignment.partition("=")
+    section, dot, field = path.partition(".")
+    if not (separator and dot and field):
+        raise InvalidRecipe(
+            f"--set {assignment!r} is not section.field=value, such as convert.block_size=32"
+        )
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InvalidRecipe(f"--set {assignment!r}: the value is not valid YAML") from None
+    target = data.setdefault(section, {})
+    if isinstance(target, dict):
+        target[field] = parsed
+
+
+def _all_errors(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(map(str, item["loc"])) or "recipe"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = f"unknown field; known: {', '.join(_known_fields(item['loc'][:-1]))}"
+        elif isinstance(item["input"], (str, int, float, bool, list)):
+            message = f"{message} (got {item['input']!r})"
+        parts.append(f"{where}: {message}")
+    return "; ".join(parts)
+
+
+def _known_fields(loc: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)
