@@ -1,0 +1,48 @@
+"""Which keys a query may see: the one description of causality, padding and packing."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KeyRange(NamedTuple):
+    """For each query the first and last key slot it may see, and which slots hold a real token.
+
+    A slot is an index into the key tensor. Left padding raises ``first`` for a whole row; packed
+    documents raise it at each document's first token. Key blocks are counted from ``first``.
+
+    first: (B, T) or (1, T) int64; None where it is 0 throughout.
+    last: (B, T) or (1, T) int64; the query's own slot, so that attention is causal.
+    mask: (B, S) bool, False for a slot no query may see; None where all are real.
+    """
+
+    first: Tensor | None
+    last: Tensor
+    mask: Tensor | None = None
+
+    def slab(self, begin: int, end: int) -> "KeyRange":
+        """The range of queries ``begin`` to ``end``."""
+        first = None if self.first is None else self.first[:, begin:end]
+        return KeyRange(first, self.last[:, begin:end], self.mask)
+
+    def sees(self, slots: Tensor) -> Tensor:
+        """Whether each query may see ``slots``: (B, T, ...) int64, in or out of the key tensor.
+
+        Returns: (B, T, ...) bool.
+        """
+        tail = (1,) * (slots.dim() - 2)
+        first = 0 if self.first is None else self.first.view(*self.first.shape, *tail)
+        visible = (slots >= first) & (slots <= self.last.view(*self.last.shape, *tail))
+        if self.mask is None:
+            return visible
+        batch = self.mask.shape[0]
+        inside = slots.clamp(0, self.mask.shape[1] - 1).expand(batch, *slots.shape[1:])
+        real = self.mask.gather(1, inside.reshape(batch, -1)).view_as(inside)
+        return visible & real
+
+
+def causal(num_queries: int, num_keys: int, device: torch.device) -> KeyRange:
+    """The plain causal range: the queries are the last ``num_queries`` of ``num_keys`` tokens."""
+    slots = torch.arange(num_keys - num_queries, num_keys, device=device)
+    return KeyRange(None, slots[None])
