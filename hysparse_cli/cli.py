@@ -8,11 +8,11 @@ transformers are imported inside the commands, so that ``--help`` answers at onc
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hysparse_cli.errors import HysparseError
+from hysparse_cli.errors import HysparseError, OutOfResources
 
 app = typer.Typer(
     name="hysparse",
@@ -50,7 +50,7 @@ def show(result: Any, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line: one line and an exit code for what users can mend."""
+    """Run the command line: one line and an exit code for whatever goes wrong."""
     try:
         app()
     except HysparseError as error:
@@ -58,10 +58,18 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("interrupted; nothing half written is left", INTERRUPTED)
     except MemoryError:
-        _fail("out of memory", 5)
+        _fail("out of memory", OutOfResources.exit_code)
+    except SystemExit as stop:
+        # typer turns an interrupt inside a command into this exit, without a word
+        if stop.code == INTERRUPTED:
+            _fail("interrupted; nothing half written is left", INTERRUPTED)
+        raise
+    except Exception as error:  # the one boundary: whatever arrives here is a bug
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        _fail(f"bug, please report it (traceback with --debug): {what}", 1)
 
 
-def _fail(message: str, exit_code: int) -> None:
+def _fail(message: str, exit_code: int) -> NoReturn:
     if "--debug" in sys.argv:
         import traceback
 
