@@ -1,0 +1,45 @@
+"""How many bytes of keys and values a model holds: the paper's arithmetic, no model needed.
+
+A full attention layer holds every token; a layer with a sliding window, at most the window.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """What each layer keeps: ``windows[layer]`` tokens at most, or None for all."""
+
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+
+    def layer_bytes(self, layer: int, context_tokens: int, itemsize: int) -> int:
+        """Bytes of keys and values that ``layer`` holds for one sequence of ``context_tokens``."""
+        window = self.windows[layer]
+        kept = context_tokens if window is None else min(context_tokens, window)
+        return 2 * kept * self.num_kv_heads * self.head_dim * itemsize
+
+    def total_bytes(self, context_tokens: int, itemsize: int) -> int:
+        """Bytes of keys and values that all layers hold for one sequence of ``context_tokens``."""
+        layers = range(len(self.windows))
+        return sum(self.layer_bytes(layer, context_tokens, itemsize) for layer in layers)
+
+    def with_windows(self, windows: tuple[int | None, ...]) -> "KvCache":
+        """The same heads with other windows."""
+        return replace(self, windows=windows)
+
+
+def kv_cache_of(config: Any) -> KvCache:
+    """The cache of a transformers config, dense or converted, as ``generate()`` would build it."""
+    heads = config.num_attention_heads
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        types = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    return KvCache(
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        windows=tuple(window if kind == "sliding_attention" else None for kind in types),
+    )
