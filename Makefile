@@ -1,0 +1,35 @@
+# Everything a checkout needs: each target sets up .venv by itself first.
+# A machine without a GPU can save the CUDA packages with pip's own setting:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-gpu lint bench clean
+.DEFAULT_GOAL := test
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY) ## the main job on the model in examples/demo-model
+	$(BIN)/python examples/02_demo.py
+
+test: $(READY) ## every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## KV bytes, prefill and decode of the demo model, on whatever device there is
+	$(BIN)/hysparse convert examples/demo-model demo-out/bench --recipe recipes/demo.yaml --overwrite
+	$(BIN)/hysparse bench demo-out/bench --against examples/demo-model
+
+clean:
+	rm -rf .venv demo-out .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache
