@@ -96,11 +96,16 @@ def sync_tree(folder: Path) -> None:
     """Flush every file under ``folder``, and the folders themselves, to the disk."""
     for root, _, names in os.walk(folder):
         for path in (*(Path(root, name) for name in names), Path(root)):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def recover(out: Path) -> None:
@@ -128,11 +133,7 @@ def _replace(place: Path, partial: Path) -> None:
     finally:
         if old.exists() and not place.exists():
             old.rename(place)
-    sync_folder = os.open(place.parent, os.O_RDONLY)
-    try:
-        os.fsync(sync_folder)
-    finally:
-        os.close(sync_folder)
+    sync(place.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
