@@ -1,0 +1,107 @@
+"""What differs between model families: one row each, and the ones that can't be right, with why."""
+
+from dataclasses import dataclass
+
+from hysparse_cli.errors import UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """attention: the module path of a layer's attention, ``{layer}`` its index."""
+
+    attention: str = "model.layers.{layer}.self_attn"
+
+    @property
+    def decoder(self) -> str:
+        return self.attention.partition(".")[0]
+
+
+FAMILIES: dict[str, Family] = {
+    "apertus": Family(),
+    "arcee": Family(),
+    "cohere": Family(),
+    "dots1": Family(),
+    "ernie4_5": Family(),
+    "gemma": Family(),
+    "gemma2": Family(),
+    "glm": Family(),
+    "glm4": Family(),
+    "glm4_moe": Family(),
+    "gpt_neox": Family(attention="gpt_neox.layers.{layer}.attention"),
+    "gpt_oss": Family(),
+    "granite": Family(),
+    "granitemoe": Family(),
+    "helium": Family(),
+    "hunyuan_v1_dense": Family(),
+    "llama": Family(),
+    "ministral": Family(),
+    "mistral": Family(),
+    "mixtral": Family(),
+    "olmo": Family(),
+    "olmo2": Family(),
+    "olmoe": Family(),
+    "phi": Family(),
+    "phi3": Family(),
+    "qwen2": Family(),
+    "qwen2_moe": Family(),
+    "qwen3": Family(),
+    "qwen3_moe": Family(),
+    "seed_oss": Family(),
+    "starcoder2": Family(),
+}
+
+_ROPE_BY_LAYER = (
+    "its rotary embedding differs by layer, so a sparse layer's query would not fit the shared keys"
+)
+_NO_KWARGS = "its decoder does not hand keyword arguments to the attention layers"
+_NO_ROPE = "it has no rotary attention of the kind HySparse shares between layers"
+_LINEAR = "some of its layers are linear attention, which has no keys to share"
+
+REFUSED: dict[str, str] = {
+    "bloom": _NO_ROPE,
+    "cohere2": _ROPE_BY_LAYER,
+    "deepseek_v2": "its latent attention (MLA) keeps no keys and values to share",
+    "deepseek_v3": "its latent attention (MLA) keeps no keys and values to share",
+    "exaone4": _ROPE_BY_LAYER,
+    "falcon": _NO_ROPE,
+    "gemma3": _ROPE_BY_LAYER,
+    "gemma3_text": _ROPE_BY_LAYER,
+    "gpt2": _NO_ROPE,
+    "llama4": _ROPE_BY_LAYER,
+    "llama4_text": _ROPE_BY_LAYER,
+    "mpt": _NO_ROPE,
+    "nemotron": _NO_KWARGS,
+    "olmo3": _ROPE_BY_LAYER,
+    "opt": _NO_ROPE,
+    "qwen3_next": _LINEAR,
+    "smollm3": _ROPE_BY_LAYER,
+    "stablelm": _NO_KWARGS,
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The row of ``model_type``, as in config.json.
+
+    Raises: UnsupportedModel with the reason, or with the list of supported families.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in REFUSED:
+        raise UnsupportedModel(f"{model_type} models can't become HySparse: {REFUSED[model_type]}")
+    raise UnsupportedModel(
+        f"model family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+    )
+
+
+def check_rope(rope_parameters: object) -> None:
+    """Refuse rotary parameters that differ by layer type: shared keys need one rotation.
+
+    Args:
+        rope_parameters: as in config.json: a flat mapping, or one mapping a layer type, or None.
+    Raises: UnsupportedModel where they are given by layer type and differ.
+    """
+    if not isinstance(rope_parameters, dict):
+        return
+    by_layer_type = [value for value in rope_parameters.values() if isinstance(value, dict)]
+    if any(value != by_layer_type[0] for value in by_layer_type):
+        raise UnsupportedModel(f"this model can't become HySparse: {_ROPE_BY_LAYER}")

@@ -1,0 +1,1 @@
+"""HySparse on a stock transformers model: config, forward state, attention, registration."""

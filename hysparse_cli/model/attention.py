@@ -1,0 +1,204 @@
+"""HySparse's attention, called by the stock attention layers of a transformers model.
+
+The stock layer projects, normalises, rotates and updates the cache; then it calls
+``hysparse_attention`` through transformers' AttentionInterface. A sparse attention layer is a
+dynamic subclass of its stock class that first computes the gates from its input.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from hysparse_cli.model.config import HysparseSpec, new_tensors
+from hysparse_cli.model.state import ForwardState, Shared
+from hysparse_kernels import (
+    block_sparse_attention,
+    full_attention,
+    gated_sum,
+    sliding_window_attention,
+)
+
+ATTENTION_NAME = "hysparse"
+
+
+class Branches(nn.Module):
+    """What a sparse attention layer adds to the dense one: gates (eq. 8) and sink biases."""
+
+    def __init__(self, num_heads: int, hidden_size: int, spec: HysparseSpec, own_sinks: bool):
+        super().__init__()
+        self.start = new_tensors(num_heads, hidden_size, spec, own_sinks=own_sinks)
+        self.gate = nn.Linear(hidden_size, 2 * num_heads) if spec.num_branches == 2 else None
+        self.sinks = nn.Parameter(torch.empty(num_heads, spec.num_branches))
+
+    def reset_parameters(self) -> None:
+        parameters = dict(self.named_parameters(prefix="hysparse"))
+        for name, tensor in self.start.items():
+            initialization.constant_(parameters[name], tensor.fill)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Args: hidden_states: (B, T, hidden).
+
+        Returns: gate logits (B, T, H, 2), None without a block-sparse branch; sinks (H, branches).
+        """
+        if self.gate is None:
+            return None, self.sinks
+        logits = self.gate(hidden_states)
+        return logits.reshape(*logits.shape[:-1], -1, 2), self.sinks
+
+
+class _SparseAttention:
+    """Mixed into a stock attention class to make it a sparse attention layer."""
+
+    hysparse: Branches
+    layer_idx: int
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kwargs["branches"] = self.hysparse(hidden_states)
+        output = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        past = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        if past is not None and isinstance(
+            layer := past.layers[self.layer_idx], DynamicSlidingWindowLayer
+        ):
+            _release_prefill(layer)
+        return output
+
+
+@cache
+def sparse_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The sparse attention layer's class made from a stock attention class."""
+    return type(f"HySparse{stock.__name__}", (_SparseAttention, stock), {"__module__": __name__})
+
+
+def _release_prefill(layer: DynamicSlidingWindowLayer) -> None:
+    """Clone the cached window where it is a view that keeps a longer tensor alive."""
+    for name in ("keys", "values"):
+        held = getattr(layer, name)
+        if held.untyped_storage().nbytes() > held.nbytes:
+            setattr(layer, name, held.clone())
+
+
+def hysparse_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    hysparse: ForwardState | None = None,
+    branches: tuple[Tensor | None, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for HySparse models.
+
+    Args:
+        query: (B, H, T, D). key: (B, G, S, D), after the cache's update. value: (B, G, S, Dv).
+        attention_mask: unused: ``hysparse`` knows which keys each query sees.
+        s_aux: (H,), the family's own sinks (gpt_oss), or None.
+        hysparse: this forward's state. branches: a sparse layer's gate logits and sinks.
+    Returns: (B, T, H, Dv), and no attention weights: no map of them is ever built.
+    Raises: ValueError where dropout is not 0, or keys don't match the state.
+    """
+    if hysparse is None:
+        raise ValueError("HySparse attention runs inside a HySparse model only")
+    if dropout:
+        raise ValueError(
+            f"attention_dropout is {dropout}: HySparse attention has none, set it to 0"
+        )
+    v = value.transpose(1, 2)
+    q, k = query.transpose(1, 2).to(v.dtype), key.transpose(1, 2).to(v.dtype)
+    call = _Call(module.layer_idx, q, k, v, scaling, softcap, s_aux, hysparse)
+    with torch.autocast(query.device.type, enabled=False):
+        if branches is None:
+            return call.full(), None
+        return call.sparse(*branches), None
+
+
+class _Call:
+    """One layer's attention: its inputs, and the two ways to attend."""
+
+    def __init__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        softcap: float | None,
+        own_sinks: Tensor | None,
+        state: ForwardState,
+    ):
+        self.layer, self.q, self.k, self.v = layer, q, k, v
+        self.own_sinks, self.state = own_sinks, state
+        self.options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+
+    def full(self) -> Tensor:
+        state, spec = self.state, self.state.spec
+        serves = spec.num_branches == 2 and bool(spec.layers.served_by(self.layer))
+        result = full_attention(
+            self.q,
+            self.k,
+            self.v,
+            key_range=state.key_range,
+            sinks=self.own_sinks,
+            block_size=spec.block_size if serves else None,
+            top_k_blocks=spec.top_k_blocks if serves else 0,
+            **self.options,
+        )
+        if result.block_idx is not None:
+            state.publish(self.layer, Shared(self.k, self.v, result.block_idx))
+        self._observe(result.block_idx, None)
+        return result.out
+
+    def sparse(self, gate_logits: Tensor | None, sinks: Tensor) -> Tensor:
+        state, spec = self.state, self.state.spec
+        if self.own_sinks is not None:
+            sinks = sinks + self.own_sinks[:, None]
+        window = sliding_window_attention(
+            self.q,
+            self.k,
+            self.v,
+            window_tokens=spec.window_tokens,
+            key_range=state.window_range,
+            sinks=sinks[:, -1],
+            **self.options,
+        )
+        if gate_logits is None:
+            self._observe(None, None)
+            return window.out
+        shared = state.shared_by(spec.layers.server_of(self.layer))
+        k, v = (shared.k, shared.v) if spec.sparse_kv == "shared" else (self.k, self.v)
+        sparse = block_sparse_attention(
+            self.q,
+            k,
+            v,
+            shared.block_idx,
+            block_size=spec.block_size,
+            key_range=state.key_range,
+            sinks=sinks[:, 0],
+            **self.options,
+        )
+        self._observe(shared.block_idx, gate_logits)
+        return gated_sum(sparse.out, window.out, gate_logits)
+
+    def _observe(self, block_idx: Tensor | None, gate_logits: Tensor | None) -> None:
+        if self.state.observer is None:
+            return
+        self.state.observer(
+            layer=self.layer,
+            q=self.q,
+            k=self.k,
+            v=self.v,
+            key_range=self.state.key_range,
+            sinks=self.own_sinks,
+            block_idx=block_idx,
+            gates=None if gate_logits is None else gate_logits.float().sigmoid(),
+            **self.options,
+        )

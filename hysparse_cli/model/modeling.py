@@ -1,0 +1,121 @@
+"""HySparse models: a stock causal language model whose S layers became sparse attention layers."""
+
+from typing import Any
+
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+)
+
+from hysparse_cli.families import family_of
+from hysparse_cli.model.attention import ATTENTION_NAME, Branches, hysparse_attention, sparse_class
+from hysparse_cli.model.config import HysparseSpec, spec_of
+from hysparse_cli.model.state import forward_state
+
+
+def _mask_as_given(*, attention_mask: Any = None, **kwargs: Any) -> Any:
+    """transformers' mask function for HySparse: the 2D mask or None; no 4D mask is ever built."""
+    return attention_mask
+
+
+AttentionInterface.register(ATTENTION_NAME, hysparse_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _mask_as_given)
+
+
+def register_model(config_class: type[PreTrainedConfig], base: type[PreTrainedConfig]) -> None:
+    """Derive the HySparse model class of a family and let AutoModelForCausalLM find it."""
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base]
+    model_class = type(
+        f"HySparse{stock.__name__}",
+        (_HySparseModel, stock),
+        {"__module__": __name__, "config_class": config_class},
+    )
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    # transformers skips the family's weight conversion (fused experts) for classes of others
+    conversion = get_checkpoint_conversion_mapping(base.model_type)  # type: ignore[no-untyped-call]
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(model_class.__name__, conversion, overwrite=True)
+
+
+class _HySparseModel:
+    """Mixed into a stock causal language model class."""
+
+    config: Any
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        spec = spec_of(config)
+        assert spec is not None, "a HySparse config carries its spec"
+        if not spec.layers.sparse_layers:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+            return
+        if config._attn_implementation not in (None, ATTENTION_NAME):
+            raise ValueError(_no_choice(config._attn_implementation))
+        config._attn_implementation = ATTENTION_NAME
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        self._install(spec)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def _install(self, spec: HysparseSpec) -> None:
+        family = family_of(self.config.model_type)
+        model: Any = self
+        for layer in spec.layers.sparse_layers:
+            attention = model.get_submodule(family.attention.format(layer=layer))
+            stock: type[nn.Module] = type(attention)
+            attention.__class__ = sparse_class(stock)
+            attention.hysparse = Branches(
+                self.config.num_attention_heads,
+                self.config.hidden_size,
+                spec,
+                own_sinks=hasattr(attention, "sinks"),
+            )
+        decoder = model.get_submodule(family.decoder)
+        decoder.register_forward_pre_hook(_StateHook(spec), with_kwargs=True)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Branches):  # after its children, whose values it overwrites
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        if self.config._attn_implementation == ATTENTION_NAME != attn_implementation:
+            raise ValueError(_no_choice(attn_implementation))
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+
+
+class _StateHook:
+    """Forward pre-hook of the decoder: makes the state of this forward and passes it along."""
+
+    def __init__(self, spec: HysparseSpec):
+        self.spec = spec
+
+    def __call__(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        inputs = args[0] if args else kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs["inputs_embeds"]
+        kwargs["hysparse"] = forward_state(
+            self.spec,
+            inputs,
+            kwargs.get("attention_mask"),
+            kwargs.get("position_ids"),
+            kwargs.get("past_key_values"),
+            kwargs.pop("hysparse_observer", None),
+        )
+        return args, kwargs
+
+
+def _no_choice(attn_implementation: Any) -> str:
+    return (
+        f"attn_implementation={attn_implementation!r} can't run HySparse layers: leave it out "
+        "(HYSPARSE_BACKEND picks the kernels)"
+    )

@@ -1,0 +1,153 @@
+"""What one forward pass carries from layer to layer: key ranges, and what full layers share.
+
+It travels as a keyword argument, which stock layers hand through. Neither module attributes nor
+context variables would do: with two forwards before a backward, or under checkpointing, they
+silently give wrong gradients.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hysparse_cli.model.config import HysparseSpec
+from hysparse_kernels import KeyRange
+
+Observer = Callable[..., None]
+
+
+class Shared(NamedTuple):
+    """What a full attention layer serves: k, v (B, S, G, D) and block_idx (B, T, G, K)."""
+
+    k: Tensor
+    v: Tensor
+    block_idx: Tensor
+
+
+@dataclass
+class ForwardState:
+    """One forward's state. ``key_range`` is over all keys, ``window_range`` over an S layer's."""
+
+    spec: HysparseSpec
+    key_range: KeyRange
+    window_range: KeyRange
+    observer: Observer | None = None
+    grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
+    _shared: dict[int, Shared] = field(default_factory=dict)
+
+    def publish(self, full_layer: int, shared: Shared) -> None:
+        """Hand a full layer's keys, values and selection to the layers it serves.
+
+        A recompute under gradient checkpointing publishes again: the first stays, since the served
+        layers' graphs hang on it. Without gradients the block before is dropped, to free memory.
+
+        Raises: RuntimeError under reentrant checkpointing, whose gradients would be wrong.
+        """
+        if self.grad_enabled and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "HySparse needs gradient checkpointing with use_reentrant=False: reentrant "
+                "checkpointing would cut the gradient of the shared keys and values"
+            )
+        if full_layer in self._shared:
+            return
+        if not self.grad_enabled:
+            self._shared.clear()
+        self._shared[full_layer] = shared
+
+    def shared_by(self, full_layer: int) -> Shared:
+        return self._shared[full_layer]
+
+
+def forward_state(
+    spec: HysparseSpec,
+    inputs: Tensor,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    past_key_values: Any,
+    observer: Observer | None = None,
+) -> ForwardState:
+    """The state of a forward over ``inputs``: (B, T) ids or (B, T, hidden) embeddings.
+
+    Args:
+        attention_mask: (B, keys so far) of 0 and 1, a dict of such by layer type (generate with a
+            static cache), or None.
+        position_ids: (B or 1, T); where they restart, with neither mask nor cache, documents are
+            packed, as transformers has it.
+        past_key_values: transformers' Cache before this forward, or None.
+    Raises: ValueError on a 4D mask.
+    """
+    T, device = inputs.shape[1], inputs.device
+    offset: int | Tensor = 0
+    num_keys, window_keys, window_offset = T, T, 0
+    if past_key_values is not None:
+        offset = past_key_values.get_query_offset(0)
+        num_keys, _ = past_key_values.get_mask_sizes(T, 0)
+        first_sparse = spec.layers.sparse_layers[0]
+        window_keys, window_offset = past_key_values.get_mask_sizes(T, first_sparse)
+    if isinstance(offset, Tensor):
+        offset = offset.to(device)
+    last = (torch.arange(T, device=device) + offset)[None]
+
+    first: Tensor | None = None
+    mask = _padding(attention_mask)
+    if mask is not None:
+        first, mask = _from_mask(mask.to(device), num_keys, T)
+    elif position_ids is not None and past_key_values is None:
+        first = _document_starts(position_ids)
+    whole = KeyRange(first, last, mask)
+    return ForwardState(spec, whole, _window(whole, window_keys, window_offset), observer)
+
+
+def _padding(attention_mask: Any) -> Tensor | None:
+    if isinstance(attention_mask, dict):
+        attention_mask = next(iter(attention_mask.values()))
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: HySparse selects blocks for "
+            "causal attention and takes a (batch, keys) mask of 0 and 1"
+        )
+    mask: Tensor = attention_mask.bool()
+    return mask
+
+
+def _from_mask(
+    mask: Tensor, num_keys: int, num_queries: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """First key of each query, and the mask where there are holes or right padding besides."""
+    first = mask.long().argmax(1, keepdim=True)
+    slots = torch.arange(mask.shape[1], device=mask.device)
+    remaining: Tensor | None = torch.nn.functional.pad(
+        mask, (0, num_keys - mask.shape[1]), value=True
+    )
+    if not torch.compiler.is_compiling():
+        if bool((mask == (slots >= first)).all()):
+            remaining = None
+        if not bool(first.any()):
+            return None, remaining
+    return first.expand(-1, num_queries), remaining
+
+
+def _document_starts(position_ids: Tensor) -> Tensor | None:
+    """(B, T) slot of the first token of each query's document; None where none is packed."""
+    slots = torch.arange(position_ids.shape[1], device=position_ids.device)
+    restarts = torch.zeros_like(position_ids, dtype=torch.bool)
+    restarts[:, 1:] = position_ids.diff(dim=1) != 1
+    if not torch.compiler.is_compiling() and not bool(restarts.any()):
+        return None
+    return torch.where(restarts, slots, 0).cummax(1).values
+
+
+def _window(whole: KeyRange, num_keys: int, offset: int) -> KeyRange:
+    """``whole`` as seen from a cache layer that holds ``num_keys`` keys from slot ``offset`` on."""
+    if offset == 0 and (whole.mask is None or whole.mask.shape[1] == num_keys):
+        return whole
+    first = None if whole.first is None else whole.first - offset
+    mask = whole.mask
+    if mask is not None:
+        mask = mask[:, offset : offset + num_keys]
+        mask = torch.nn.functional.pad(mask, (0, num_keys - mask.shape[1]), value=True)
+    return KeyRange(first, whole.last - offset, mask)
