@@ -1,0 +1,33 @@
+"""What the machine under a measurement is, and what it says when its memory is full."""
+
+import platform
+
+import torch
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether ``error`` says that memory ran out, on the GPU or on the CPU."""
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "can't allocate memory" in str(error)
+        or "CUDA out of memory" in str(error)
+    )
+
+
+def describe(device: torch.device) -> dict[str, str | int]:
+    """What a measurement must be read with: the device and the versions under it."""
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor() -> str:
+    return platform.processor() or platform.machine()
