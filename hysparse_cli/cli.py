@@ -7,6 +7,8 @@ transformers are imported inside the commands, so that ``--help`` answers at onc
 
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -30,6 +32,7 @@ Assignments = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 INTERRUPTED = 130
+PATIENCE_SECONDS = 2.0
 
 
 @app.callback()
@@ -47,6 +50,125 @@ def show(result: Any, as_json: bool) -> None:
     from rich.console import Console
 
     Console().print(result.table())
+
+
+def warn(messages: Sequence[str]) -> None:
+    for message in messages:
+        sys.stderr.write(f"hysparse: warning: {message}\n")
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr for work that takes a while; tell it bytes done and in all."""
+    from threading import Timer
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    bar = Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(what, total=None)
+    timer = Timer(PATIENCE_SECONDS, bar.start)
+    timer.start()
+    try:
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    recipe: RecipeFile = None,
+    assignments: Assignments = None,
+    layout: Annotated[
+        str | None, typer.Option(help="hysparse, hybrid-swa or full.  [default: hysparse]")
+    ] = None,
+    ratio: Annotated[
+        str | None, typer.Option(help="Full to sparse layers.  [default: 1:3]")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="One letter a layer: FSSSF...")] = None,
+    full_layers: Annotated[str | None, typer.Option(help="Such as 0,4,8,11.")] = None,
+    last_layer_full: Annotated[
+        bool | None,
+        typer.Option(
+            "--last-layer-full/--no-last-layer-full",
+            help="With --ratio and --full-layers.  [default: full]",
+        ),
+    ] = None,
+    top_k_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that a sparse layer selects.  [default: 1024]")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Tokens in a selected block.  [default: 64]")
+    ] = None,
+    window_tokens: Annotated[
+        int | None, typer.Option(help="Sliding window of a sparse layer.  [default: 128]")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.  [default: as it is]")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest file of weights.  [default: 5GB]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool | None,
+        typer.Option("--trust-remote-code", help="Accept and keep a checkpoint's own Python code."),
+    ] = None,
+    overwrite: Annotated[
+        bool | None, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, write nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a dense checkpoint into a HySparse one; the weights stay what they are."""
+    from hysparse_cli.convert import execute, plan
+    from hysparse_cli.recipe import ConvertOptions, layer_list, load_section
+    from hysparse_cli.source import locate
+    from hysparse_cli.staging import check_output
+
+    flags = {
+        "layout": layout,
+        "ratio": ratio,
+        "pattern": pattern,
+        "full_layers": layer_list(full_layers),
+        "last_layer_full": last_layer_full,
+        "top_k_tokens": top_k_tokens,
+        "block_size": block_size,
+        "window_tokens": window_tokens,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "overwrite": overwrite,
+    }
+    options = load_section(ConvertOptions, recipe, tuple(assignments or ()), flags)
+    source = locate(model, revision=options.revision, with_code=options.trust_remote_code)
+    check_output(out, overwrite=options.overwrite, inputs=[source.folder])
+    with progress("reading headers"):
+        planned = plan(source, options)
+    if dry_run or not as_json:
+        show(planned, as_json)
+    if dry_run:
+        warn(planned.warnings)
+        return
+    with progress(f"writing {out.name}") as advance:
+        conversion = execute(planned, out, advance)
+    warn(conversion.warnings)
+    show(conversion, as_json)
 
 
 def main() -> None:

@@ -4,11 +4,12 @@ A recipe has a section for each command, and its keys are the flags with undersc
 all options of a command; the common ones have a flag. Later sources win: recipe, ``--set``, flags.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 
@@ -19,6 +20,27 @@ Positive = Annotated[int, Field(gt=0)]
 Real = Annotated[float, Field(strict=False)]
 Fraction = Annotated[Real, Field(ge=0, le=1)]
 
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(size: str) -> int:
+    """The bytes of a size such as ``5GB``, ``300 MiB`` or ``1000000``.
+
+    Raises: ValueError where it is not a number and a unit.
+    """
+    found = re.fullmatch(r"([0-9]+) ?([A-Za-z]*)", size.strip())
+    if not found or found[2].upper() not in _UNITS or not int(found[1]):
+        raise ValueError("not a size such as 5GB, 500MB or 2GiB")
+    return int(found[1]) * _UNITS[found[2].upper()]
+
+
+def _checked_size(size: str) -> str:
+    bytes_of(size)
+    return size
+
+
+Size = Annotated[str, AfterValidator(_checked_size)]
+
 
 class Section(BaseModel):
     """A command's options: unknown fields and loose types are refused."""
@@ -27,10 +49,13 @@ class Section(BaseModel):
 
 
 class ConvertOptions(Section):
-    """``hysparse convert``: ``pattern``, ``full_layers`` or ``ratio`` places the full layers."""
+    """``hysparse convert``: one of ``ratio``, ``pattern``, ``full_layers`` places the full layers.
+
+    Where none is given, the ratio is 1:3.
+    """
 
     layout: Literal["hysparse", "hybrid-swa", "full"] = "hysparse"
-    ratio: str = "1:3"
+    ratio: str | None = None
     pattern: str | None = None
     full_layers: list[int] | None = None
     last_layer_full: bool = True
@@ -38,7 +63,7 @@ class ConvertOptions(Section):
     top_k_tokens: Positive = 1024
     window_tokens: Annotated[int, Field(gt=1)] = 128
     dtype: Dtype = "auto"
-    max_shard_size: str = "5GB"
+    max_shard_size: Size = "5GB"
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
@@ -49,8 +74,10 @@ class ConvertOptions(Section):
             raise ValueError(
                 f"block_size {self.block_size} does not divide top_k_tokens {self.top_k_tokens}"
             )
-        if self.pattern is not None and self.full_layers is not None:
-            raise ValueError("pattern and full_layers both place the full layers: give one")
+        places = ("ratio", "pattern", "full_layers")
+        given = [name for name in places if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both place the full layers: give one")
         return self
 
 
@@ -182,6 +209,21 @@ def load_section(
         raise InvalidRecipe(f"{source}: {_all_errors(error)}") from None
     resolved: S = getattr(recipe, name)
     return resolved
+
+
+def layer_list(text: str | None) -> list[int] | None:
+    """The layers of ``0,4,8,11``; None stays None.
+
+    Raises: InvalidRecipe where it is no list of layer numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidRecipe(
+            f"full_layers {text!r} is not a list of layers such as 0,4,8,11"
+        ) from None
 
 
 def to_yaml(section: Section) -> str:

@@ -109,7 +109,9 @@ class ShardWriter:
         with shard.path.open("rb", buffering=0) as source, self._new_file(name) as target:
             target.write(self._source_header(shard, source))
             for tensor in shard.tensors:
+                dtype = DTYPES[tensor.dtype]
                 for chunk in self._chunks(tensor, source):
+                    self._look_at(tensor.name, torch.frombuffer(chunk, dtype=dtype))
                     target.write(chunk)
 
     def write(self, pieces: Sequence[Piece], name: str) -> None:
@@ -123,7 +125,9 @@ class ShardWriter:
                 dtype = DTYPES[piece.source.dtype]
                 with piece.source.shard.open("rb", buffering=0) as source:
                     for chunk in self._chunks(piece.source, source):
-                        target.write(_raw(torch.frombuffer(chunk, dtype=dtype).to(piece.dtype)))
+                        values = torch.frombuffer(chunk, dtype=dtype).to(piece.dtype)
+                        self._look_at(piece.name, values)
+                        target.write(_raw(values))
 
     def hash_header(self, shard: Shard) -> None:
         """Begin the hash of a source shard whose tensors ``write`` is about to read in order."""
@@ -138,13 +142,11 @@ class ShardWriter:
     def _chunks(self, tensor: StoredTensor, source: IO[bytes]) -> Iterator[bytearray]:
         source.seek(tensor.start)
         left = tensor.size
-        digest, dtype = self._digests[tensor.shard], DTYPES[tensor.dtype]
+        digest = self._digests[tensor.shard]
         while left:
             chunk = bytearray(min(CHUNK_BYTES, left))
             _read_into(source, chunk, tensor)
             self._later(self._hasher, digest.update, chunk)
-            if dtype.is_floating_point:
-                self._later(self._checker, self._look_at, tensor.name, chunk, dtype)
             yield chunk
             left -= len(chunk)
             self.on_bytes(len(chunk))
@@ -155,8 +157,12 @@ class ShardWriter:
         if len(self._running) > MAX_RUNNING:
             self._running.popleft().result()
 
-    def _look_at(self, name: str, chunk: bytearray, dtype: torch.dtype) -> None:
-        values = torch.frombuffer(chunk, dtype=dtype)
+    def _look_at(self, name: str, values: torch.Tensor) -> None:
+        """Count NaN and infinity among the values as written, on a thread of its own."""
+        if values.is_floating_point():
+            self._later(self._checker, self._count, name, values)
+
+    def _count(self, name: str, values: torch.Tensor) -> None:
         low, high = torch.aminmax(values)  # both are NaN where any value is
         if not (torch.isfinite(low) and torch.isfinite(high)):
             count = int((~torch.isfinite(values)).sum())
@@ -186,7 +192,8 @@ def _header(pieces: Sequence[Piece]) -> bytes:
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    data: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(data)
 
 
 def _read_into(source: IO[bytes], chunk: bytearray, tensor: StoredTensor) -> None:

@@ -1,0 +1,269 @@
+"""Dense checkpoint in, HySparse checkpoint out: ``plan`` only reads headers, ``execute`` streams.
+
+The weights stay what they are. Sparse layers get new tensors (gates and sinks) in a shard of their
+own, config.json says which layers are sparse, and the folder appears when it is whole.
+"""
+
+import json
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hysparse_cli import layout as layouts
+from hysparse_cli.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    copy_side_files,
+    open_checkpoint,
+    read_config,
+    side_files,
+)
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput, UnsupportedModel
+from hysparse_cli.families import Family, check_rope, family_of
+from hysparse_cli.kv_cache import kv_cache_of
+from hysparse_cli.layout import Layout
+from hysparse_cli.model.config import (
+    HUB_SHIM,
+    HUB_SHIM_NAME,
+    MODEL_TYPE,
+    HysparseSpec,
+    NewTensor,
+    converted_config,
+    new_tensors,
+)
+from hysparse_cli.model_card import model_card
+from hysparse_cli.plan import Plan, readable
+from hysparse_cli.recipe import ConvertOptions, bytes_of, to_yaml
+from hysparse_cli.source import Source
+from hysparse_cli.staging import require_free_space, staged
+
+DEFAULT_RATIO = "1:3"
+RECIPE_NAME, REPORT_NAME = "hysparse_recipe.yaml", "hysparse_report.json"
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion. ``non_finite``: tensor -> how many of its values are NaN or infinite.
+
+    ``hashes``: source file -> its SHA-256.
+    """
+
+    plan: Plan
+    out: Path
+    files: dict[str, int]
+    hashes: dict[str, str]
+    non_finite: dict[str, int]
+    seconds: float
+
+    @property
+    def warnings(self) -> list[str]:
+        if not self.non_finite:
+            return self.plan.warnings
+        name, count = next(iter(self.non_finite.items()))
+        return [
+            *self.plan.warnings,
+            f"{len(self.non_finite)} tensors hold NaN or infinity, such as {name} "
+            f"({count} values): the model will not work",
+        ]
+
+    def table(self) -> Any:
+        """What was written, in a line."""
+        from rich.text import Text
+
+        written = f"{readable(sum(self.files.values()))} in {len(self.files)} shards"
+        return Text(f"{self.out}: {written}, {self.seconds:.1f} s")
+
+    def as_json(self) -> dict[str, Any]:
+        """The report: the plan, what was written, and from what."""
+        packages = ("hysparse", "torch", "transformers", "safetensors")
+        return {
+            "schema": "hysparse.convert/1",
+            "plan": self.plan.as_json(),
+            "out": str(self.out),
+            "files": self.files,
+            "source_sha256": self.hashes,
+            "non_finite": self.non_finite,
+            "warnings": self.warnings,
+            "seconds": round(self.seconds, 3),
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+        }
+
+
+def plan(source: Source, options: ConvertOptions) -> Plan:
+    """Read config and headers of ``source``, check everything, and say what would be done.
+
+    Raises: UnreadableInput, UnsupportedModel or InvalidRecipe, each with its one reason.
+    """
+    config = read_config(source.folder)
+    where = str(source.folder / "config.json")
+    family = _family(config, where, source, options.trust_remote_code)
+    # transformers takes seconds to import: what can be refused without it was refused above
+    from hysparse_cli.shapes import check_tensors, dense_config, expected_tensors
+
+    checkpoint = open_checkpoint(source.folder)
+    dense = dense_config(config, where)
+    check_rope(getattr(dense, "rope_parameters", None))
+    spec = _spec(options, dense.num_hidden_layers)
+    expected = expected_tensors(dense, where)
+    unused = check_tensors(checkpoint, expected)
+    dtype = _dtype(checkpoint, options)
+    own_sinks = f"{family.attention.format(layer=0)}.sinks" in expected.shapes
+    added = new_tensors(dense.num_attention_heads, dense.hidden_size, spec, own_sinks=own_sinks)
+    by_layer = tuple(_names(added, family, spec, layer) for layer in range(len(spec.pattern)))
+    dense_kv = kv_cache_of(dense)
+    windows = tuple(spec.window_tokens if kind == "S" else None for kind in spec.pattern)
+    return Plan(
+        source=source,
+        checkpoint=checkpoint,
+        options=options.model_copy(
+            update={"pattern": spec.pattern, "ratio": None, "full_layers": None}
+        ),
+        spec=spec,
+        config=_new_config(config, spec, options),
+        new_tensors={name: tensor for names in by_layer for name, tensor in names.items()},
+        new_by_layer=tuple(tuple(names) for names in by_layer),
+        dtype=dtype,
+        itemsize=4 if dtype == "float32" else 2,
+        repack=_must_repack(checkpoint, options),
+        unused=tuple(unused),
+        dense_kv=dense_kv,
+        kv=dense_kv.with_windows(windows) if spec.layers.sparse_layers else dense_kv,
+    )
+
+
+def execute(plan: Plan, out: Path, on_progress: OnProgress) -> Conversion:
+    """Carry out ``plan``: ``out`` is absent, or what it was, until all of it is on the disk.
+
+    Args:
+        on_progress: is told bytes done and bytes in all.
+    Raises: InvalidRecipe where ``out`` may not be written; OutOfResources where the disk is full.
+    """
+    from hysparse_cli.weights import write_weights
+
+    start = time.monotonic()
+    folder, options = plan.checkpoint.folder, plan.options
+    with staged(out, overwrite=options.overwrite, inputs=[folder]) as partial:
+        require_free_space(out, plan.output_bytes)
+        written = write_weights(plan, partial, on_progress)
+        if list(written.files) != [SINGLE]:
+            _write_json(partial / INDEX, written.index)
+        copy_side_files(folder, partial, with_code=options.trust_remote_code)
+        _write_json(partial / "config.json", plan.config)
+        (partial / HUB_SHIM_NAME).write_text(HUB_SHIM, encoding="utf-8")
+        (partial / RECIPE_NAME).write_text(to_yaml(options), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(plan), encoding="utf-8")
+        small = ["config.json", *map(str, side_files(folder, with_code=options.trust_remote_code))]
+        hashes = {name: sha256((folder / name).read_bytes()).hexdigest() for name in small}
+        conversion = Conversion(
+            plan=plan,
+            out=out,
+            files=written.files,
+            hashes=written.hashes | hashes,
+            non_finite=written.non_finite,
+            seconds=time.monotonic() - start,
+        )
+        _write_json(partial / REPORT_NAME, conversion.as_json())
+    return conversion
+
+
+def _family(
+    config: Mapping[str, Any], where: str, source: Source, trust_remote_code: bool
+) -> Family:
+    model_type = config.get("model_type")
+    if model_type == MODEL_TYPE or "hysparse" in config:
+        raise UnsupportedModel(
+            f"{source.name} is already a HySparse checkpoint: convert the dense one it came from"
+        )
+    if not isinstance(model_type, str):
+        raise UnreadableInput(f"{where} has no model_type: give a Hugging Face checkpoint")
+    family = family_of(model_type)
+    if "auto_map" in config and not trust_remote_code:
+        raise UnsupportedModel(
+            f"{where} has an auto_map, so the checkpoint ships its own Python code: look at it, "
+            f"then --trust-remote-code keeps it, and transformers' own {model_type} class is used"
+        )
+    return family
+
+
+def _spec(options: ConvertOptions, num_layers: int) -> HysparseSpec:
+    return HysparseSpec(
+        pattern=_layout(options, num_layers).pattern,
+        layout=options.layout,
+        block_size=options.block_size,
+        top_k_tokens=options.top_k_tokens,
+        window_tokens=options.window_tokens,
+    )
+
+
+def _layout(options: ConvertOptions, num_layers: int) -> Layout:
+    last = options.last_layer_full
+    if options.pattern is not None:
+        chosen = layouts.from_pattern(options.pattern, num_layers)
+    elif options.full_layers is not None:
+        chosen = layouts.from_full_layers(options.full_layers, num_layers, last_layer_full=last)
+    elif options.layout == "full" and options.ratio is None:
+        chosen = Layout(layouts.FULL * num_layers)
+    else:
+        chosen = layouts.from_ratio(
+            options.ratio or DEFAULT_RATIO, num_layers, last_layer_full=last
+        )
+    if options.layout == "full" and chosen.sparse_layers:
+        raise InvalidRecipe(
+            f"layout full has no sparse layers, but the pattern is {chosen.pattern}: leave the "
+            "pattern out, or choose layout hysparse or hybrid-swa"
+        )
+    return chosen
+
+
+def _dtype(checkpoint: Checkpoint, options: ConvertOptions) -> str:
+    """The name of the dtype that most float weights will have."""
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    integers = {"I64", "I32", "I16", "I8", "U8", "BOOL"}
+    sizes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in names:
+            sizes[names[tensor.dtype]] += tensor.size
+        elif tensor.dtype not in integers:
+            raise UnsupportedModel(
+                f"{tensor.shard}: tensor {tensor.name} is {tensor.dtype}: give the checkpoint in "
+                "bfloat16, float16 or float32"
+            )
+    if not sizes:
+        raise UnreadableInput(f"{checkpoint.folder} holds no float weights")
+    return sizes.most_common(1)[0][0] if options.dtype == "auto" else options.dtype
+
+
+def _must_repack(checkpoint: Checkpoint, options: ConvertOptions) -> bool:
+    limit = bytes_of(options.max_shard_size)
+    return options.dtype != "auto" or any(shard.size > limit for shard in checkpoint.shards)
+
+
+def _names(
+    added: Mapping[str, NewTensor], family: Family, spec: HysparseSpec, layer: int
+) -> dict[str, NewTensor]:
+    if layer not in spec.layers.sparse_layers:
+        return {}
+    path = family.attention.format(layer=layer)
+    return {f"{path}.{name}": tensor for name, tensor in added.items()}
+
+
+def _new_config(
+    config: dict[str, Any], spec: HysparseSpec, options: ConvertOptions
+) -> dict[str, Any]:
+    new = converted_config(config, spec)
+    if options.dtype != "auto":
+        new.pop("torch_dtype", None)
+        new["dtype"] = options.dtype
+    return new
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,80 @@
+"""The README.md of a converted checkpoint."""
+
+import yaml
+
+from hysparse_cli.plan import CONTEXTS, Plan, readable
+
+_BODY = """\
+# {name}, retrofitted into HySparse
+
+`{name}` with {sparse} of its {layers} attention layers made sparse (layout `{layout}`).{training}
+
+| | |
+|---|---|
+| base model | `{name}`{revision} |
+| pattern | `{pattern}` (F: full attention, S: sparse attention) |
+| selection | {selection} |
+| sliding window | {window} tokens |
+| weights | {dtype} |
+
+## KV cache
+
+Bytes of keys and values for one sequence, in {dtype}:
+
+| context | dense | this model | smaller by |
+|---|---|---|---|
+{kv}
+
+## How to load it
+
+    pip install hysparse
+
+```python
+import hysparse_cli  # teaches transformers to load it
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+The attention is that of "HySparse: A Hybrid Sparse Attention Architecture with Oracle Token
+Selection and KV Cache Sharing". `hysparse_recipe.yaml` makes this checkpoint again, and
+`hysparse_report.json` says what it was made from.
+"""
+_UNTRAINED = """
+
+**It has not been trained since**: the new layers start from the dense weights, and answers are poor
+until it is healed with `hysparse finetune`."""
+
+
+def model_card(plan: Plan) -> str:
+    """The model card: what it is, its KV cache against the dense model's, and how to load it."""
+    spec, source = plan.spec, plan.source
+    from_hub = source.revision is not None
+    blocks = f"{spec.top_k_blocks} blocks of {spec.block_size} tokens for each query and KV head"
+    front = {
+        **({"base_model": source.name} if from_hub else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["hysparse", "sparse-attention", plan.config["base_model_type"]],
+    }
+    body = _BODY.format(
+        name=source.name if from_hub else source.folder.resolve().name,
+        revision=f" at revision {source.revision}" if from_hub else "",
+        sparse=len(spec.layers.sparse_layers),
+        layers=plan.num_layers,
+        layout=spec.layout,
+        training=_UNTRAINED if spec.layers.sparse_layers else "",
+        pattern=spec.pattern,
+        selection=blocks if spec.layout == "hysparse" else "none",
+        window=spec.window_tokens,
+        dtype=plan.dtype,
+        kv="\n".join(_kv_row(plan, name, tokens) for name, tokens in CONTEXTS.items()),
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{body}"
+
+
+def _kv_row(plan: Plan, name: str, tokens: int) -> str:
+    dense = plan.dense_kv.total_bytes(tokens, plan.itemsize)
+    ours = plan.kv.total_bytes(tokens, plan.itemsize)
+    return f"| {name} | {readable(dense)} | {readable(ours)} | {dense / ours:.2f}x |"

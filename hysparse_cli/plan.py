@@ -1,0 +1,156 @@
+"""What ``hysparse convert`` is about to do, for people and for programs."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hysparse_cli.checkpoint import Checkpoint
+from hysparse_cli.kv_cache import KvCache
+from hysparse_cli.model.config import HysparseSpec, NewTensor
+from hysparse_cli.recipe import ConvertOptions
+from hysparse_cli.source import Source
+
+CONTEXTS = {"8k": 8192, "32k": 32768, "128k": 131072}
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated conversion.
+
+    ``config`` is the new config.json. ``new_tensors`` has full names. ``dtype`` is torch's name of
+    the dtype of the new tensors and the cache. ``repack`` says that weights are written anew, not
+    copied shard by shard. ``unused`` tensors are kept although transformers will not load them.
+    """
+
+    source: Source
+    checkpoint: Checkpoint
+    options: ConvertOptions
+    spec: HysparseSpec
+    config: dict[str, Any]
+    new_tensors: dict[str, NewTensor]
+    new_by_layer: tuple[tuple[str, ...], ...]
+    dtype: str
+    itemsize: int
+    repack: bool
+    unused: tuple[str, ...]
+    dense_kv: KvCache
+    kv: KvCache
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.spec.pattern)
+
+    @property
+    def output_bytes(self) -> int:
+        """About how large the weights to be written are."""
+        new = sum(math.prod(tensor.shape) * self.itemsize for tensor in self.new_tensors.values())
+        if self.options.dtype == "auto":
+            return self.checkpoint.size + new
+        stored = self.checkpoint.tensors.values()
+        return new + sum(math.prod(tensor.shape) * self.itemsize for tensor in stored)
+
+    def role(self, layer: int) -> str:
+        """What ``layer`` does and who serves whom, in words."""
+        if layer in self.spec.layers.full_layers:
+            served = self.spec.layers.served_by(layer)
+            return f"full, serves {_span(served)}" if served and self._shares else "full"
+        if not self._shares:
+            return "sliding window"
+        return f"sparse, from {self.spec.layers.server_of(layer)}"
+
+    @property
+    def _title(self) -> str:
+        return f"{self.source.name}: {self.spec.layout}, {self.spec.pattern}"
+
+    @property
+    def _shares(self) -> bool:
+        return self.spec.layout == "hysparse"
+
+    @property
+    def warnings(self) -> list[str]:
+        if not self.unused:
+            return []
+        return [
+            f"{len(self.unused)} tensors are kept but transformers will not load them, such as "
+            f"{self.unused[0]}"
+        ]
+
+    def table(self) -> Any:
+        """A row a layer, and the KV cache in total against the dense model's."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=escape(self._title), title_justify="left", title_style="bold")
+        table.add_column("layer", justify="right")
+        table.add_column("role")
+        table.add_column("new tensors")
+        for context in CONTEXTS:
+            table.add_column(f"KV {context}", justify="right", no_wrap=True)
+        for layer in range(self.num_layers):
+            kv = [readable(self.kv.layer_bytes(layer, c, self.itemsize)) for c in CONTEXTS.values()]
+            added = dict.fromkeys(_kind(name) for name in self.new_by_layer[layer])
+            table.add_row(str(layer), self.role(layer), ", ".join(added) or "—", *kv)
+        table.add_section()
+        totals, dense = self._totals(self.kv), self._totals(self.dense_kv)
+        table.add_row("", "all layers", f"{len(self.new_tensors)} tensors", *map(readable, totals))
+        table.add_row("", "dense model", "", *map(readable, dense))
+        ratios = [f"{d / t:.2f}x" for t, d in zip(totals, dense, strict=True)]
+        table.add_row("", "[bold]smaller by", "", *(f"[bold]{ratio}" for ratio in ratios))
+        return table
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as one JSON object."""
+        layers = [
+            {
+                "layer": layer,
+                "role": self.spec.pattern[layer],
+                "served_by": self._server(layer),
+                "new_tensors": {n: list(self.new_tensors[n].shape) for n in names},
+                "kv_bytes": {
+                    str(c): self.kv.layer_bytes(layer, c, self.itemsize) for c in CONTEXTS.values()
+                },
+            }
+            for layer, names in enumerate(self.new_by_layer)
+        ]
+        keys = [str(context) for context in CONTEXTS.values()]
+        return {
+            "schema": "hysparse.plan/1",
+            "model": self.source.name,
+            "revision": self.source.revision,
+            "base_model_type": self.config["base_model_type"],
+            "hysparse": self.config["hysparse"],
+            "dtype": self.dtype,
+            "weights": "written anew" if self.repack else "copied byte for byte",
+            "source_bytes": self.checkpoint.size,
+            "layers": layers,
+            "kv_bytes": dict(zip(keys, self._totals(self.kv), strict=True)),
+            "dense_kv_bytes": dict(zip(keys, self._totals(self.dense_kv), strict=True)),
+            "warnings": self.warnings,
+        }
+
+    def _server(self, layer: int) -> int | None:
+        server = self.spec.layers.server_of(layer)
+        return server if self._shares and server != layer else None
+
+    def _totals(self, kv: KvCache) -> list[int]:
+        return [kv.total_bytes(context, self.itemsize) for context in CONTEXTS.values()]
+
+
+def readable(count: int) -> str:
+    """Bytes for people, in powers of 1024: ``1.5 MiB``."""
+    value, unit = float(count), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return (
+        f"{value:.0f} {_UNITS[unit]}" if value >= 100 or not unit else f"{value:.3g} {_UNITS[unit]}"
+    )
+
+
+def _kind(name: str) -> str:
+    """``gate`` for ``model.layers.1.self_attn.hysparse.gate.weight``."""
+    return name.partition(".hysparse.")[2].partition(".")[0]
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"

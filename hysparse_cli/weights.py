@@ -1,0 +1,82 @@
+"""The weights of a converted checkpoint: the dense model's, and the new tensors beside them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hysparse_cli.checkpoint import SINGLE, StoredTensor
+from hysparse_cli.plan import Plan
+from hysparse_cli.recipe import bytes_of
+from hysparse_cli.shards import DTYPES, Piece, ShardWriter, pack
+
+
+@dataclass(frozen=True)
+class Written:
+    """``files``: shard -> bytes. ``index``: the content of model.safetensors.index.json.
+
+    ``hashes``: source shard -> SHA-256. ``non_finite``: tensor -> count of NaN and infinities.
+    """
+
+    files: dict[str, int]
+    index: dict[str, Any]
+    hashes: dict[str, str]
+    non_finite: dict[str, int]
+
+
+def write_weights(plan: Plan, folder: Path, on_progress: Callable[[int, int], None]) -> Written:
+    """Write all shards into ``folder``: source shards as they are unless the plan says repack."""
+    new = [
+        Piece(name, getattr(torch, plan.dtype), tensor.shape, fill=tensor.fill)
+        for name, tensor in plan.new_tensors.items()
+    ]
+    sources = plan.checkpoint.shards
+    stored = [[_piece(tensor, plan) for tensor in shard.tensors] for shard in sources]
+    limit = bytes_of(plan.options.max_shard_size)
+    if plan.repack:
+        groups = pack([piece for pieces in stored for piece in pieces] + new, limit)
+    else:
+        groups = stored + pack(new, limit)
+    names = _shard_names(len(groups))
+    done = 0
+    total = sum(tensor.size for shard in sources for tensor in shard.tensors)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
+
+    with ShardWriter(folder, advance) as writer:
+        if plan.repack:
+            for shard in sources:
+                writer.hash_header(shard)
+        for position, (name, pieces) in enumerate(zip(names, groups, strict=True)):
+            if plan.repack or position >= len(sources):
+                writer.write(pieces, name)
+            else:
+                writer.copy(sources[position], name)
+    weight_map = {
+        piece.name: name for name, pieces in zip(names, groups, strict=True) for piece in pieces
+    }
+    total_size = sum(piece.size for pieces in groups for piece in pieces)
+    return Written(
+        files={name: (folder / name).stat().st_size for name in names},
+        index={"metadata": {"total_size": total_size}, "weight_map": weight_map},
+        hashes=writer.hashes,
+        non_finite=writer.non_finite,
+    )
+
+
+def _piece(tensor: StoredTensor, plan: Plan) -> Piece:
+    dtype = DTYPES[tensor.dtype]
+    if dtype.is_floating_point and plan.options.dtype != "auto":
+        dtype = getattr(torch, plan.dtype)
+    return Piece(tensor.name, dtype, tensor.shape, source=tensor)
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
