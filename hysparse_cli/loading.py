@@ -1,0 +1,84 @@
+"""Loading a checkpoint, dense or converted, to run it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from hysparse_cli.checkpoint import open_checkpoint
+from hysparse_cli.devices import is_out_of_memory
+from hysparse_cli.errors import OutOfResources, UnreadableInput, UnsupportedModel
+from hysparse_cli.model.config import spec_of
+from hysparse_cli.source import locate
+
+
+class Loaded(NamedTuple):
+    """``model`` is a transformers causal language model in eval mode, ``tokenizer`` its own."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+
+
+def load(checkpoint: str, *, dtype: str = "auto", device: str = "auto") -> Loaded:
+    """Load a folder or hub id; every header is checked first.
+
+    Args:
+        dtype: "auto" is the checkpoint's own.
+        device: "auto" is the first CUDA device, or the CPU.
+    Raises: UnreadableInput where the checkpoint is missing, corrupt or incomplete; UnsupportedModel
+        where transformers or this version can't load it; OutOfResources where there is no such
+        device or not enough memory.
+    """
+    target = resolve_device(device)
+    folder = locate(checkpoint).folder
+    config = open_checkpoint(folder).config
+    tokenizer = load_tokenizer(folder)
+    logging.disable_progress_bar()
+    auto: Any = AutoModelForCausalLM
+    try:
+        spec_of(config)
+        model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model.to(target)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfResources(
+            f"{checkpoint} does not fit on {target}: load it in bfloat16 (dtype), or on another "
+            "device"
+        ) from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedModel(f"{checkpoint} can't be loaded: {reason}") from None
+    if missing := sorted(info["missing_keys"]):
+        raise UnreadableInput(
+            f"{checkpoint} lacks {missing[0]} ({len(missing)} tensors in all): download or save it "
+            "again"
+        )
+    return Loaded(model.eval(), tokenizer, folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises: UnreadableInput where it has none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UnreadableInput(f"{folder} has no tokenizer that can be read: {reason}") from None
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" names here.
+
+    Raises: OutOfResources where CUDA is asked for and there is none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OutOfResources("device is cuda, but torch finds no CUDA device: use device cpu")
+    return torch.device(device)
