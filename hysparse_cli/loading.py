@@ -36,7 +36,7 @@ def load(checkpoint: str, *, dtype: str = "auto", device: str = "auto") -> Loade
     folder = locate(checkpoint).folder
     config = open_checkpoint(folder).config
     tokenizer = load_tokenizer(folder)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto: Any = AutoModelForCausalLM
     try:
         spec_of(config)

@@ -46,7 +46,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 class _Given(nn.Module):
     def __init__(self, hidden: Tensor):
         super().__init__()
-        self.output = MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
+        self.output = MoeModelOutputWithPast(last_hidden_state=hidden)
 
     def forward(self, **inputs: Any) -> MoeModelOutputWithPast:
         return self.output

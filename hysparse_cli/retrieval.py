@@ -25,11 +25,15 @@ MIN_SPARE, MAX_SPARE = 8, 64
 
 @dataclass(frozen=True)
 class Wording:
-    """How a form plants a fact, asks for it up to the answer, and goes on after the answer."""
+    """How a form plants a fact, asks for it up to the answer, and goes on after the answer.
+
+    Values are 7 digits or a word; with ``only_numbers``, 7 digits.
+    """
 
     fact: str
     question: str
     end: str
+    only_numbers: bool = False
 
 
 WORDINGS = {
@@ -44,7 +48,7 @@ WORDINGS = {
         " Question: what is the secret of {key}? Answer: the secret of {key} is ",
         ".",
     ),
-    "key-value": Wording("\n{key} = {value}\n", "\n{key} = ", "\n"),
+    "key-value": Wording("\n{key} = {value}\n", "\n{key} = ", "\n", only_numbers=True),
 }
 
 
@@ -113,7 +117,9 @@ def _planted(
     rng: random.Random,
 ) -> Context:
     wording = WORDINGS[task.form]
-    pairs = [(f"{key}-{other}", value) for key, other, value in _draw(task.facts, rng)]
+    numbers = rng.sample(range(len(WORDS) ** 2), task.facts)
+    keys = [f"{WORDS[n // len(WORDS)]}-{WORDS[n % len(WORDS)]}" for n in numbers]
+    pairs = [(key, _value(rng, only_numbers=wording.only_numbers)) for key in keys]
     facts = [wording.fact.format(key=key, value=value) for key, value in pairs]
     questions = _Text()
     for key, value in rng.sample(pairs, min(task.questions, len(pairs))):
@@ -194,7 +200,7 @@ def _made_up(characters: int, rng: random.Random) -> str:
 
 
 def _recall(task: Task, tokenizer: "PreTrainedTokenizerBase", rng: random.Random) -> Context:
-    pairs = [(key, value) for key, _, value in _draw(MAX_RECALL_PAIRS, rng, distinct_first=True)]
+    pairs = [(word, _value(rng)) for word in rng.sample(WORDS, MAX_RECALL_PAIRS)]
     least = max(2, task.questions)
     while 2 * len(encode(tokenizer, _listed(pairs)).ids) > task.tokens:
         if len(pairs) == least:
@@ -225,20 +231,8 @@ def _listed(pairs: Sequence[tuple[str, str]]) -> str:
     return "".join(f"\n{key}: {value}" for key, value in pairs)
 
 
-def _draw(
-    count: int, rng: random.Random, *, distinct_first: bool = False
-) -> list[tuple[str, str, str]]:
-    """``count`` distinct pairs of words, each with a value: 7 digits or a word."""
-    if distinct_first:
-        keys = [(word, "") for word in rng.sample(WORDS, count)]
-    else:
-        numbers = rng.sample(range(len(WORDS) ** 2), count)
-        keys = [(WORDS[n // len(WORDS)], WORDS[n % len(WORDS)]) for n in numbers]
-    return [(*key, _value(rng)) for key in keys]
-
-
-def _value(rng: random.Random) -> str:
-    if rng.random() < 0.5:
+def _value(rng: random.Random, *, only_numbers: bool = False) -> str:
+    if only_numbers or rng.random() < 0.5:
         return str(rng.randrange(1_000_000, 10_000_000))
     return rng.choice(WORDS)
 
