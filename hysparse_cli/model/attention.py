@@ -68,7 +68,7 @@ class _SparseAttention:
 
 
 @cache
-def sparse_class(stock: type[nn.Module]) -> type[nn.Module]:
+def sparse_class(stock: Any) -> type[nn.Module]:
     """The sparse attention layer's class made from a stock attention class."""
     return type(f"HySparse{stock.__name__}", (_SparseAttention, stock), {"__module__": __name__})
 
@@ -141,6 +141,11 @@ class _Call:
 
     def full(self) -> Tensor:
         state, spec = self.state, self.state.spec
+        if self.k.shape[1] != state.num_keys:
+            raise ValueError(
+                f"layer {self.layer} sees {self.k.shape[1]} keys where {state.num_keys} are cached "
+                "and new: gradient checkpointing drops a cache, use one or the other"
+            )
         serves = spec.num_branches == 2 and bool(spec.layers.served_by(self.layer))
         result = full_attention(
             self.q,

@@ -97,6 +97,8 @@ def converted_config(base: dict[str, Any], spec: HysparseSpec) -> dict[str, Any]
     if spec.layers.sparse_layers:
         config["layer_types"] = spec.layer_types
         config["sliding_window"] = spec.window_tokens
+        if "attention_dropout" in config:  # HySparse attention has none
+            config["attention_dropout"] = 0.0
     return config
 
 

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 from hysparse_cli.families import family_of
 from hysparse_cli.model.attention import ATTENTION_NAME, Branches, hysparse_attention, sparse_class
 from hysparse_cli.model.config import HysparseSpec, spec_of
-from hysparse_cli.model.state import forward_state
+from hysparse_cli.model.state import forward_state, padding_mask
 
 
 def _mask_as_given(*, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -67,8 +67,8 @@ class _HySparseModel:
         family = family_of(self.config.model_type)
         model: Any = self
         for layer in spec.layers.sparse_layers:
-            attention = model.get_submodule(family.attention.format(layer=layer))
-            stock: type[nn.Module] = type(attention)
+            attention: Any = model.get_submodule(family.attention.format(layer=layer))
+            stock: Any = type(attention)
             attention.__class__ = sparse_class(stock)
             attention.hysparse = Branches(
                 self.config.num_attention_heads,
@@ -103,10 +103,12 @@ class _StateHook:
         inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
+        # generate with a static cache hands a dict of masks, which not every decoder takes
+        kwargs["attention_mask"] = padding_mask(kwargs.get("attention_mask"))
         kwargs["hysparse"] = forward_state(
             self.spec,
             inputs,
-            kwargs.get("attention_mask"),
+            kwargs["attention_mask"],
             kwargs.get("position_ids"),
             kwargs.get("past_key_values"),
             kwargs.pop("hysparse_observer", None),

@@ -28,9 +28,14 @@ class Shared(NamedTuple):
 
 @dataclass
 class ForwardState:
-    """One forward's state. ``key_range`` is over all keys, ``window_range`` over an S layer's."""
+    """One forward's state.
+
+    ``key_range`` is over the ``num_keys`` keys of a full layer, ``window_range`` over the keys that
+    a sparse layer's own cache hands out.
+    """
 
     spec: HysparseSpec
+    num_keys: int
     key_range: KeyRange
     window_range: KeyRange
     observer: Observer | None = None
@@ -60,47 +65,11 @@ class ForwardState:
         return self._shared[full_layer]
 
 
-def forward_state(
-    spec: HysparseSpec,
-    inputs: Tensor,
-    attention_mask: Any,
-    position_ids: Tensor | None,
-    past_key_values: Any,
-    observer: Observer | None = None,
-) -> ForwardState:
-    """The state of a forward over ``inputs``: (B, T) ids or (B, T, hidden) embeddings.
+def padding_mask(attention_mask: Any) -> Tensor | None:
+    """A forward's attention_mask as (B, keys so far) bool: it may be a dict of masks by layer type.
 
-    Args:
-        attention_mask: (B, keys so far) of 0 and 1, a dict of such by layer type (generate with a
-            static cache), or None.
-        position_ids: (B or 1, T); where they restart, with neither mask nor cache, documents are
-            packed, as transformers has it.
-        past_key_values: transformers' Cache before this forward, or None.
     Raises: ValueError on a 4D mask.
     """
-    T, device = inputs.shape[1], inputs.device
-    offset: int | Tensor = 0
-    num_keys, window_keys, window_offset = T, T, 0
-    if past_key_values is not None:
-        offset = past_key_values.get_query_offset(0)
-        num_keys, _ = past_key_values.get_mask_sizes(T, 0)
-        first_sparse = spec.layers.sparse_layers[0]
-        window_keys, window_offset = past_key_values.get_mask_sizes(T, first_sparse)
-    if isinstance(offset, Tensor):
-        offset = offset.to(device)
-    last = (torch.arange(T, device=device) + offset)[None]
-
-    first: Tensor | None = None
-    mask = _padding(attention_mask)
-    if mask is not None:
-        first, mask = _from_mask(mask.to(device), num_keys, T)
-    elif position_ids is not None and past_key_values is None:
-        first = _document_starts(position_ids)
-    whole = KeyRange(first, last, mask)
-    return ForwardState(spec, whole, _window(whole, window_keys, window_offset), observer)
-
-
-def _padding(attention_mask: Any) -> Tensor | None:
     if isinstance(attention_mask, dict):
         attention_mask = next(iter(attention_mask.values()))
     if attention_mask is None:
@@ -112,6 +81,50 @@ def _padding(attention_mask: Any) -> Tensor | None:
         )
     mask: Tensor = attention_mask.bool()
     return mask
+
+
+def forward_state(
+    spec: HysparseSpec,
+    inputs: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Any,
+    observer: Observer | None = None,
+) -> ForwardState:
+    """The state of a forward over ``inputs``: (B, T) ids or (B, T, hidden) embeddings.
+
+    Args:
+        mask: (B, keys so far), False for padding; or None.
+        position_ids: (B or 1, T); where they restart, with neither mask nor cache, documents are
+            packed, as transformers has it.
+        past_key_values: transformers' Cache before this forward, or None.
+    Raises: ValueError where the mask does not cover the cached and the new tokens.
+    """
+    T, device = inputs.shape[1], inputs.device
+    offset: int | Tensor = 0
+    num_keys, window_keys, window_offset = T, T, 0
+    if past_key_values is not None:
+        offset = past_key_values.get_query_offset(0)
+        num_keys, _ = past_key_values.get_mask_sizes(T, 0)
+        first_sparse = spec.layers.sparse_layers[0]
+        window_keys, window_offset = past_key_values.get_mask_sizes(T, first_sparse)
+    if isinstance(offset, Tensor):
+        offset = offset.to(device)
+    elif mask is not None and mask.shape[1] != offset + T:
+        raise ValueError(
+            f"attention_mask covers {mask.shape[1]} tokens, but there are {offset} cached and {T} "
+            "new ones: it must cover both"
+        )
+    last = (torch.arange(T, device=device) + offset)[None]
+
+    first: Tensor | None = None
+    if mask is not None:
+        first, mask = _from_mask(mask.to(device), num_keys, T)
+    elif position_ids is not None and past_key_values is None:
+        first = _document_starts(position_ids)
+    whole = KeyRange(first, last, mask)
+    window = _window(whole, window_keys, window_offset)
+    return ForwardState(spec, num_keys, whole, window, observer)
 
 
 def _from_mask(
