@@ -71,7 +71,7 @@ def novels_text() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random dense qwen3 of 4 layers with a word tokenizer, in several shards: don't change it."""
+    """A random dense qwen3 of 4 layers with a word tokenizer, sharded: do not change it."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -80,7 +80,7 @@ def tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = {word: i for i, word in enumerate(TINY_WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
