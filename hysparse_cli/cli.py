@@ -29,6 +29,10 @@ RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe."
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="Any recipe field: section.field=value.")
 ]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16.  [default: as it is]")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 INTERRUPTED = 130
@@ -60,15 +64,34 @@ def warn(messages: Sequence[str]) -> None:
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal's stderr for work that takes a while; tell it bytes done and in all."""
+    from rich.progress import DownloadColumn
+
+    with _bar(what, DownloadColumn(binary_units=True)) as update:
+        yield lambda done, total: update(completed=done, total=total)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar as above for work in stages; tell it the stage, and the steps done and in all."""
+    from rich.progress import MofNCompleteColumn
+
+    with _bar("loading", MofNCompleteColumn()) as update:
+        yield lambda stage, done, total: update(description=stage, completed=done, total=total)
+
+
+@contextmanager
+def _bar(what: str, amount: Any) -> Iterator[Callable[..., None]]:
+    from functools import partial
     from threading import Timer
 
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
     bar = Progress(
-        *columns,
+        TextColumn("{task.description}"),
+        BarColumn(),
+        amount,
         TimeRemainingColumn(),
         console=console,
         transient=True,
@@ -78,7 +101,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     timer = Timer(PATIENCE_SECONDS, bar.start)
     timer.start()
     try:
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield partial(bar.update, task)
     finally:
         timer.cancel()
         timer.join()
@@ -136,7 +159,7 @@ def convert(
 ) -> None:
     """Turn a dense checkpoint into a HySparse one; the weights stay what they are."""
     from hysparse_cli.convert import execute, plan
-    from hysparse_cli.recipe import ConvertOptions, layer_list, load_section
+    from hysparse_cli.recipe import ConvertOptions, integer_list, load_section
     from hysparse_cli.source import locate
     from hysparse_cli.staging import check_output
 
@@ -144,7 +167,7 @@ def convert(
         "layout": layout,
         "ratio": ratio,
         "pattern": pattern,
-        "full_layers": layer_list(full_layers),
+        "full_layers": integer_list("full_layers", full_layers),
         "last_layer_full": last_layer_full,
         "top_k_tokens": top_k_tokens,
         "block_size": block_size,
@@ -169,6 +192,50 @@ def convert(
         conversion = execute(planned, out, advance)
     warn(conversion.warnings)
     show(conversion, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoints: Annotated[list[str], typer.Argument(help="Folders or hub ids, side by side.")],
+    recipe: RecipeFile = None,
+    assignments: Assignments = None,
+    data: Annotated[str | None, typer.Option(help="Text or jsonl file (.xz, .gz) to read.")] = None,
+    sequence_tokens: Annotated[
+        int | None, typer.Option(help="Tokens the loss is measured over at once.  [default: 2048]")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Measure the loss on about so many.  [default: all]")
+    ] = None,
+    retrieval_tokens: Annotated[
+        str | None, typer.Option(help="Context lengths to retrieve from, such as 1024,4096.")
+    ] = None,
+    retrieval_samples: Annotated[
+        int | None, typer.Option(help="Contexts of each form and length.  [default: 10]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="[default: 1]")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure loss on text and retrieval from the context, for several checkpoints at once."""
+    from hysparse_cli.recipe import EvalOptions, integer_list, load_section
+
+    flags = {
+        "data": data,
+        "sequence_tokens": sequence_tokens,
+        "max_tokens": max_tokens,
+        "retrieval_tokens": integer_list("retrieval_tokens", retrieval_tokens),
+        "retrieval_samples": retrieval_samples,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "device": device,
+    }
+    options = load_section(EvalOptions, recipe, tuple(assignments or ()), flags)
+    from hysparse_cli import evaluate as evaluation
+
+    with stages() as advance:
+        result = evaluation.evaluate(checkpoints, options, advance)
+    show(result, as_json)
 
 
 def main() -> None:

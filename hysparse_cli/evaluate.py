@@ -1,4 +1,4 @@
-"""``hysparse eval``: several checkpoints side by side, on text and on retrieval from the context."""
+"""``hysparse eval``: checkpoints side by side, on text and on retrieval from the context."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import torch
 from hysparse_cli.devices import describe, is_out_of_memory
 from hysparse_cli.documents import read_documents
 from hysparse_cli.errors import InvalidRecipe, OutOfResources, UnreadableInput
-from hysparse_cli.loading import Loaded, load
+from hysparse_cli.loading import Loaded, load, short_names
 from hysparse_cli.logits import hidden_states, logits_of
 from hysparse_cli.model.config import spec_of
 from hysparse_cli.perplexity import Loss, cut_windows, measure_loss
@@ -64,8 +64,9 @@ class Evaluation:
 
         table = Table(title="Evaluation", title_justify="left")
         table.add_column("")
-        for score in self.scores:
-            table.add_column(f"{score.checkpoint}\n{score.attention}", justify="right")
+        names = short_names([score.checkpoint for score in self.scores])
+        for name, score in zip(names, self.scores, strict=True):
+            table.add_column(f"{name}\n{score.attention}", justify="right")
         losses = [score.loss for score in self.scores]
         if self.scores[0].loss is not None:
             table.add_row("loss, nats per token", *(f"{x.nats_per_token:.4f}" for x in losses if x))

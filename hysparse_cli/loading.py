@@ -1,5 +1,6 @@
 """Loading a checkpoint, dense or converted, to run it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,12 @@ def load(checkpoint: str, *, dtype: str = "auto", device: str = "auto") -> Loade
             "again"
         )
     return Loaded(model.eval(), tokenizer, folder)
+
+
+def short_names(checkpoints: Sequence[str]) -> list[str]:
+    """What to call ``checkpoints`` in a table: their last part, or all of it where those clash."""
+    names = [checkpoint.rstrip("/").rpartition("/")[2] for checkpoint in checkpoints]
+    return names if len(set(names)) == len(names) and all(names) else list(checkpoints)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -80,9 +80,10 @@ def _summed_loss(model: Any, input_ids: Tensor) -> float:
     hidden, labels = hidden_states(model, input_ids)[:, :-1], input_ids[:, 1:]
     stretch = max(1, LOGITS_AT_ONCE // (model.config.vocab_size * len(input_ids)))
     total = 0.0
-    for states, answers in zip(hidden.split(stretch, 1), labels.split(stretch, 1), strict=True):
-        logits = logits_of(model, states).float().flatten(0, 1)
-        total += float(F.cross_entropy(logits, answers.flatten(), reduction="none").double().sum())
+    for begin in range(0, labels.shape[1], stretch):
+        logits = logits_of(model, hidden[:, begin : begin + stretch]).float().flatten(0, 1)
+        answers = labels[:, begin : begin + stretch].flatten()
+        total += float(F.cross_entropy(logits, answers, reduction="none").double().sum())
     return total
 
 

@@ -19,6 +19,7 @@ Positive = Annotated[int, Field(gt=0)]
 # YAML reads 1e-3 as a string, so numbers with a point are not held to strict types.
 Real = Annotated[float, Field(strict=False)]
 Fraction = Annotated[Real, Field(ge=0, le=1)]
+Beta = Annotated[Real, Field(ge=0, lt=1)]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -82,20 +83,26 @@ class ConvertOptions(Section):
 
 
 class FinetuneOptions(Section):
-    """``hysparse finetune``: next-token loss, or with ``teacher`` distillation mixed in."""
+    """``hysparse finetune``: next-token loss, or with ``teacher`` distillation mixed in.
+
+    A step reads ``batch_size`` rows ``gradient_accumulation`` times. The learning rate warms up for
+    ``warmup_steps`` (a tenth of the steps by default), stays, and decays over the last
+    ``decay_fraction`` of the steps. ``distill_weight`` 1 is distillation alone.
+    """
 
     data: str | None = None
     text_field: str = "text"
     steps: Positive = 200
     batch_size: Positive = 8
     gradient_accumulation: Positive = 1
-    sequence_tokens: Positive = 1024
+    sequence_tokens: Annotated[int, Field(gt=1)] = 1024
+    shuffle_rows: Positive = 256
     learning_rate: Annotated[Real, Field(gt=0)] = 3e-4
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
     decay_fraction: Fraction = 0.2
     weight_decay: Annotated[Real, Field(ge=0)] = 0.1
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.95
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.95
     adam_epsilon: Annotated[Real, Field(gt=0)] = 1e-10
     max_grad_norm: Annotated[Real, Field(gt=0)] = 1.0
     teacher: str | None = None
@@ -108,6 +115,25 @@ class FinetuneOptions(Section):
     device: Device = "auto"
     seed: int = 0
     overwrite: bool = False
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warmup."""
+        return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def decay(self) -> int:
+        """Steps of decay."""
+        return round(self.steps * self.decay_fraction)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FinetuneOptions":
+        if self.warmup + self.decay > self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup} and decay_fraction {self.decay_fraction} "
+                f"({self.decay} steps) are together more than steps {self.steps}"
+            )
+        return self
 
 
 class EvalOptions(Section):
@@ -227,10 +253,10 @@ def load_section(
     return resolved
 
 
-def layer_list(text: str | None) -> list[int] | None:
-    """The layers of ``0,4,8,11``; None stays None.
+def integer_list(field: str, text: str | None) -> list[int] | None:
+    """The numbers of a flag such as ``0,4,8,11``; None stays None.
 
-    Raises: InvalidRecipe where it is no list of layer numbers.
+    Raises: InvalidRecipe, naming ``field``, where it is no list of whole numbers.
     """
     if text is None:
         return None
@@ -238,7 +264,7 @@ def layer_list(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InvalidRecipe(
-            f"full_layers {text!r} is not a list of layers such as 0,4,8,11"
+            f"{field} {text!r} is not a list of whole numbers such as 0,4,8,11"
         ) from None
 
 
