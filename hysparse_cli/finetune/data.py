@@ -1,0 +1,107 @@
+"""Documents packed into rows of a fixed length, in an order that a saved state can go on from."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hysparse_cli.documents import read_documents
+from hysparse_cli.errors import UnreadableInput
+from hysparse_cli.recipe import FinetuneOptions
+
+IGNORED = -100
+
+Row = dict[str, Tensor]
+
+
+class PackedRows:
+    """Endless rows of ``sequence_tokens`` tokens, filled with one document after the other.
+
+    ``position_ids`` restart at each document, which is how models tell packed documents apart, and
+    where a document goes on in the next row. ``labels`` are the tokens themselves, ignored at each
+    restart, since nothing before it is seen. A document ends with the tokenizer's end token, if it
+    has one. After the last document comes the first again.
+
+    Rows come at random out of a buffer of ``shuffle_rows``; with 1 they come in the file's order.
+
+    Raises: UnreadableInput while iterating, where the file is unreadable or holds no text.
+    """
+
+    def __init__(self, options: FinetuneOptions, tokenizer: Any):
+        assert options.data is not None
+        self.path, self.text_field = Path(options.data).expanduser(), options.text_field
+        self.tokenizer = tokenizer
+        self.sequence_tokens, self.shuffle_rows = options.sequence_tokens, options.shuffle_rows
+        self._generator = torch.Generator().manual_seed(options.seed)
+        self._buffer: list[Row] = []
+        self._document = self._token = 0  # where the next row that is read begins
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = self._in_order()
+        while True:
+            while len(self._buffer) < self.shuffle_rows:
+                self._buffer.append(next(rows))
+            pick = int(torch.randint(len(self._buffer), (), generator=self._generator))
+            self._buffer[pick], self._buffer[-1] = self._buffer[-1], self._buffer[pick]
+            yield self._buffer.pop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the rows go on, the buffer included."""
+        return {
+            "document": self._document,
+            "token": self._token,
+            "buffer": list(self._buffer),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._document, self._token = state["document"], state["token"]
+        self._buffer = list(state["buffer"])
+        self._generator.set_state(state["generator"])
+
+    def _in_order(self) -> Iterator[Row]:
+        ids: list[int] = []
+        positions: list[int] = []
+        while True:
+            whole_file = not (self._document or self._token)
+            found = False
+            for number, text in enumerate(read_documents(self.path, self.text_field)):
+                if number < self._document:
+                    continue
+                begin, self._token = self._token, 0
+                tokens = self._encode(text)
+                found = found or bool(tokens)
+                while begin < len(tokens):
+                    taken = tokens[begin : begin + self.sequence_tokens - len(ids)]
+                    begin += len(taken)
+                    ids += taken
+                    positions += range(len(taken))
+                    if len(ids) == self.sequence_tokens:
+                        self._document, self._token = number, begin
+                        yield _row(ids, positions)
+                        self._token = 0
+                        ids, positions = [], []
+            if whole_file and not found:
+                raise UnreadableInput(f"data {self.path} holds no text")
+            self._document = self._token = 0
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def batches(rows: PackedRows, batch_size: int) -> Iterator[Row]:
+    """Endless batches of ``rows``, each tensor (B, T); the state of ``rows`` is theirs."""
+    each = iter(rows)
+    while True:
+        group = [next(each) for _ in range(batch_size)]
+        yield {name: torch.stack([row[name] for row in group]) for name in group[0]}
+
+
+def _row(ids: list[int], positions: list[int]) -> Row:
+    input_ids, position_ids = torch.tensor(ids), torch.tensor(positions)
+    labels = input_ids.masked_fill(position_ids == 0, IGNORED)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}

@@ -1,0 +1,43 @@
+"""Writing the finetuned checkpoint: as the one it came from, with new weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import yaml
+from transformers import GenerationConfig
+
+from hysparse_cli.checkpoint import copy_side_files
+from hysparse_cli.finetune.result import FinetuneResult
+from hysparse_cli.loading import Loaded
+from hysparse_cli.recipe import FinetuneOptions, to_yaml
+
+RECIPE, REPORT = "hysparse_recipe.yaml", "hysparse_finetune.json"
+_KEPT = ("README.md", "hysparse_report.json")
+
+
+def write_checkpoint(
+    folder: Path, loaded: Loaded, options: FinetuneOptions, result: FinetuneResult
+) -> None:
+    """Write weights, config, tokenizer, the recipe so far and the report into ``folder``."""
+    # save_pretrained refuses a generation config with odd values, after the whole training
+    loaded.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    loaded.model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    readable = (folder / "config.json").stat().st_mode
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(readable)  # safetensors makes its files private
+    copy_side_files(loaded.folder, folder)
+    for name in _KEPT:
+        if (loaded.folder / name).is_file():
+            shutil.copyfile(loaded.folder / name, folder / name)
+    (folder / RECIPE).write_text(_recipe(loaded.folder, options), encoding="utf-8")
+    (folder / REPORT).write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def _recipe(source: Path, options: FinetuneOptions) -> str:
+    """The recipe of the source's conversion, if it has one, with this run's section."""
+    sections = yaml.safe_load(to_yaml(options))
+    if (source / RECIPE).is_file():
+        sections = yaml.safe_load((source / RECIPE).read_text(encoding="utf-8")) | sections
+    return yaml.safe_dump(sections, sort_keys=False)
