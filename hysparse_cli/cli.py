@@ -80,6 +80,24 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
+def training_steps() -> Iterator[Callable[[Any], None]]:
+    """A bar for finetuning; where stderr is no terminal, a line now and then."""
+
+    with stages() as advance:
+
+        def on_step(now: Any) -> None:
+            number, speed = now.step.number, f"{now.tokens_per_second:,.0f} tokens/s"
+            loss = f"loss {now.step.loss:.4f}"
+            advance(f"{loss}, {speed}", number, now.num_steps)
+            due = number == now.num_steps or number % max(1, now.num_steps // 20) == 0
+            if due and not sys.stderr.isatty():
+                left = f"{now.seconds_left:,.0f} s left"
+                sys.stderr.write(f"step {number}/{now.num_steps}: {loss}, {speed}, {left}\n")
+
+        yield on_step
+
+
+@contextmanager
 def _bar(what: str, amount: Any) -> Iterator[Callable[..., None]]:
     from functools import partial
     from threading import Timer
@@ -236,6 +254,106 @@ def evaluate(
     with stages() as advance:
         result = evaluation.evaluate(checkpoints, options, advance)
     show(result, as_json)
+
+
+@app.command()
+def finetune(
+    checkpoint: Annotated[str, typer.Argument(help="A folder or hub id, dense or converted.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    recipe: RecipeFile = None,
+    assignments: Assignments = None,
+    data: Annotated[str | None, typer.Option(help="Text or jsonl file (.xz, .gz).")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A dense checkpoint to distill from.  [default: none]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="[default: 200]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="[default: 8]")] = None,
+    sequence_tokens: Annotated[int | None, typer.Option(help="[default: 1024]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: 3e-4]")] = None,
+    trainable: Annotated[
+        str | None, typer.Option(help="all, attention or new.  [default: all]")
+    ] = None,
+    save_every_steps: Annotated[
+        int | None, typer.Option(help="Keep the run's state in OUT.state.  [default: never]")
+    ] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on from the state in OUT.state.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    overwrite: Annotated[
+        bool | None, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a checkpoint on text, alone or towards a dense teacher."""
+    from hysparse_cli.recipe import FinetuneOptions, load_section
+
+    flags = {
+        "data": data,
+        "teacher": teacher,
+        "steps": steps,
+        "batch_size": batch_size,
+        "sequence_tokens": sequence_tokens,
+        "learning_rate": learning_rate,
+        "trainable": trainable,
+        "save_every_steps": save_every_steps,
+        "resume": resume,
+        "dtype": dtype,
+        "device": device,
+        "overwrite": overwrite,
+    }
+    options = load_section(FinetuneOptions, recipe, tuple(assignments or ()), flags)
+    from hysparse_cli import finetune as finetuning
+
+    with training_steps() as on_step:
+        result = finetuning.finetune(checkpoint, out, options, on_step)
+    show(result, as_json)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="A folder or hub id, dense or converted.")],
+    recipe: RecipeFile = None,
+    assignments: Assignments = None,
+    prompt: Annotated[str | None, typer.Option(help="What to continue.  [default: stdin]")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="[default: 128]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest token.  [default: 0]")
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat", help="Put the prompt into the chat template.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt."""
+    from hysparse_cli.recipe import GenerateOptions, load_section
+
+    flags = {
+        "prompt": prompt,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "chat": chat,
+        "dtype": dtype,
+        "device": device,
+    }
+    options = load_section(GenerateOptions, recipe, tuple(assignments or ()), flags)
+    if options.prompt is None and not sys.stdin.isatty():
+        options = options.model_copy(update={"prompt": sys.stdin.read()})
+    from hysparse_cli import generate as generation
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    result = generation.generate(checkpoint, options, (lambda text: None) if as_json else write)
+    if as_json:
+        show(result, as_json)
+        return
+    write("\n")
+    sys.stderr.write(f"hysparse: {result.summary()}\n")
 
 
 def main() -> None:

@@ -1,0 +1,148 @@
+"""Text from a checkpoint, dense or converted, as it comes."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from hysparse_cli.devices import is_out_of_memory
+from hysparse_cli.errors import InvalidRecipe, OutOfResources
+from hysparse_cli.loading import Loaded, load
+from hysparse_cli.recipe import GenerateOptions
+
+OnText = Callable[[str], None]
+
+_NO_PROMPT = "there is no prompt: give one with --prompt or on stdin"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """``text`` without the prompt. ``kv_bytes`` is what the cache holds at the end."""
+
+    checkpoint: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    kv_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second, reading the prompt included."""
+        return self.new_tokens / self.seconds
+
+    def summary(self) -> str:
+        """The figures in one line."""
+        return (
+            f"{self.prompt_tokens} prompt tokens, {self.new_tokens} new ones at "
+            f"{self.tokens_per_second:.1f} tokens/s, {self.kv_bytes:,} bytes of keys and values"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Text and figures."""
+        return {
+            "schema": "hysparse.generate/1",
+            "checkpoint": self.checkpoint,
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "kv_bytes": self.kv_bytes,
+        }
+
+
+def generate(checkpoint: str, options: GenerateOptions, on_text: OnText) -> Generation:
+    """Continue ``options.prompt``, or answer it with ``chat``.
+
+    Args:
+        checkpoint: a folder or hub id.
+        on_text: gets the text piece by piece; with beam search whole, at the end.
+    Raises: InvalidRecipe where the prompt is empty or too long, or there is no chat template;
+        OutOfResources; what ``load`` raises.
+    """
+    loaded = load(checkpoint, dtype=options.dtype, device=options.device)
+    tokens = _encode(loaded, checkpoint, options)
+    prompt_tokens = tokens["input_ids"].shape[1]
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    if longest is not None and prompt_tokens + options.max_new_tokens > longest:
+        raise InvalidRecipe(
+            f"{prompt_tokens} prompt tokens and max_new_tokens {options.max_new_tokens} are more "
+            f"than the {longest} that {checkpoint} takes: shorten one"
+        )
+    streams = options.num_beams == 1
+    torch.manual_seed(options.seed)
+    begun = time.perf_counter()
+    try:
+        output = loaded.model.generate(
+            **{name: tensor.to(loaded.model.device) for name, tensor in tokens.items()},
+            max_new_tokens=options.max_new_tokens,
+            num_beams=options.num_beams,
+            return_dict_in_generate=True,
+            streamer=_Streamer(loaded.tokenizer, on_text) if streams else None,
+            **_sampling(options),
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfResources(
+            f"out of memory with {prompt_tokens} prompt tokens: shorten the prompt, use fewer beams "
+            "or dtype bfloat16"
+        ) from error
+    seconds = time.perf_counter() - begun
+    new = output.sequences[0, prompt_tokens:]
+    text = loaded.tokenizer.decode(new, skip_special_tokens=True)
+    if not streams:
+        on_text(text)
+    return Generation(
+        checkpoint, text, prompt_tokens, len(new), seconds, held_kv_bytes(output.past_key_values)
+    )
+
+
+def held_kv_bytes(cache: Any) -> int:
+    """Bytes of memory that a transformers Cache keeps alive for keys and values.
+
+    A view of a larger tensor counts as the whole of it; memory that tensors share counts once.
+    """
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class _Streamer(TextStreamer):
+    def __init__(self, tokenizer: Any, on_text: OnText):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(text)
+
+
+def _encode(loaded: Loaded, checkpoint: str, options: GenerateOptions) -> dict[str, Tensor]:
+    if options.prompt is None:
+        raise InvalidRecipe(_NO_PROMPT)
+    if not options.chat:
+        tokens = loaded.tokenizer(options.prompt, return_tensors="pt")
+    elif loaded.tokenizer.chat_template is None:
+        raise InvalidRecipe(f"{checkpoint} has no chat template: leave --chat out")
+    else:
+        tokens = loaded.tokenizer.apply_chat_template(
+            [{"role": "user", "content": options.prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    if tokens["input_ids"].shape[1] == 0:
+        raise InvalidRecipe(_NO_PROMPT)
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+def _sampling(options: GenerateOptions) -> dict[str, Any]:
+    if options.temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
