@@ -356,6 +356,50 @@ def generate(
     sys.stderr.write(f"hysparse: {result.summary()}\n")
 
 
+@app.command()
+def bench(
+    checkpoint: Annotated[str, typer.Argument(help="A folder or hub id.")],
+    recipe: RecipeFile = None,
+    assignments: Assignments = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Another checkpoint to measure beside; may repeat.")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Prompt lengths in tokens.  [default: 512,2048]")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Sequences at once, such as 1,16.  [default: 1]")
+    ] = None,
+    decode_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to decode after each prompt.  [default: 16]")
+    ] = None,
+    repeat: Annotated[
+        int | None, typer.Option(help="Measured turns, after one to warm up.  [default: 3]")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure KV cache bytes, time to first token and time per token."""
+    from hysparse_cli.recipe import BenchOptions, integer_list, load_section
+
+    flags = {
+        "against": against or None,
+        "context": integer_list("context", context),
+        "batch": integer_list("batch", batch),
+        "decode_tokens": decode_tokens,
+        "repeat": repeat,
+        "dtype": dtype,
+        "device": device,
+    }
+    options = load_section(BenchOptions, recipe, tuple(assignments or ()), flags)
+    from hysparse_cli.bench import run
+
+    with stages() as advance:
+        result = run.bench(checkpoint, options, advance)
+    show(result, as_json)
+
+
 def main() -> None:
     """Run the command line: one line and an exit code for whatever goes wrong."""
     try:
