@@ -90,8 +90,8 @@ def generate(checkpoint: str, options: GenerateOptions, on_text: OnText) -> Gene
         if not is_out_of_memory(error):
             raise
         raise OutOfResources(
-            f"out of memory with {prompt_tokens} prompt tokens: shorten the prompt, use fewer beams "
-            "or dtype bfloat16"
+            f"out of memory with {prompt_tokens} prompt tokens: shorten the prompt, use fewer "
+            "beams or dtype bfloat16"
         ) from error
     seconds = time.perf_counter() - begun
     new = output.sequences[0, prompt_tokens:]
