@@ -152,7 +152,8 @@ def _log_block_scores(logits: Tensor, lse: Tensor, key_range: KeyRange, block_si
         columns = columns.clamp(max=S - 1)[:, :, None, None].expand_as(logits)
         logits = logits.gather(-1, columns).masked_fill(beyond, -torch.inf)
     padded = F.pad(logits, (0, -S % block_size), value=-torch.inf)
-    best = padded.reshape(*padded.shape[:-1], -1, block_size).amax(-1)
+    blocks = padded.shape[-1] // block_size
+    best = padded.reshape(*padded.shape[:-1], blocks, block_size).amax(-1)
     normaliser = lse.masked_fill(lse.isneginf(), 0.0)[..., None]
     scores: Tensor = (best - normaliser).amax(3)
     return scores
@@ -239,7 +240,8 @@ def _in_slabs(
 
 def _split_groups(q: Tensor, num_kv_heads: int) -> Tensor:
     """(B, T, H, D) as (B, T, G, R, D)."""
-    return q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
+    B, T, H, D = q.shape
+    return q.reshape(B, T, num_kv_heads, H // num_kv_heads, D)
 
 
 def _per_group(sinks: Tensor | None, num_kv_heads: int) -> Tensor | None:
