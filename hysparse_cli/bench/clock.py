@@ -1,5 +1,6 @@
 """The one place that takes the time."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -22,8 +23,9 @@ class Timing:
         return statistics.median(self.samples_ms)
 
     def __str__(self) -> str:
-        low, high = min(self.samples_ms), max(self.samples_ms)
-        return f"{self.median:.3g} ({low:.3g}-{high:.3g})"
+        half_range = (max(self.samples_ms) - min(self.samples_ms)) / 2
+        digits = max(0, 2 - int(math.log10(max(self.median, 1e-9))))
+        return f"{self.median:,.{digits}f} ±{half_range / self.median:.0%}"
 
     def as_json(self, metric: str) -> dict[str, float | list[float]]:
         """Named as in vLLM's benches, such as ``median_ttft_ms``."""

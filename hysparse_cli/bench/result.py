@@ -85,7 +85,7 @@ class Bench:
         columns = ("context", "batch", "KV held", "KV counted", "TTFT ms", "TPOT ms")
         table.add_column("checkpoint")
         for name in columns:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         names = self._names()
         for row in self.rows:
             first = row.checkpoint == self.subjects[0].checkpoint
@@ -121,7 +121,7 @@ class Bench:
             kernels = f", kernels: {'; '.join(ops)}" if ops else ""
             name = names[subject.checkpoint]
             lines.append(f"{name}: {subject.attention}, {subject.dtype}{kernels}")
-        repeats = f"median (least-most) of {self.options.repeat}"
+        repeats = f"median of {self.options.repeat} ± half their range"
         return "\n".join([*lines, f"{repeats}; TPOT over {self.options.decode_tokens} tokens"])
 
 

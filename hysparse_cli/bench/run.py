@@ -42,14 +42,13 @@ def bench(
     for name in checkpoints:
         models[name] = load(name, dtype=options.dtype, device=options.device).model
         _check_context(name, models[name].config, options)
+    subjects = [_subject(name, model) for name, model in models.items()]
     cells = [(context, batch) for context in options.context for batch in options.batch]
     rows: list[Measurement] = []
     for done, (context, batch) in enumerate(cells):
         on_progress(f"context {context:,}, batch {batch:,}", done, len(cells))
         rows += _measure_cell(models, context, batch, options)
-    device = models[checkpoint].device
-    subjects = [_subject(name, model) for name, model in models.items()]
-    return Bench(options, describe(device), subjects, rows)
+    return Bench(options, describe(models[checkpoint].device), subjects, rows)
 
 
 def _measure_cell(
@@ -110,9 +109,9 @@ def _subject(name: str, model: Any) -> Subject:
     if spec is None or not spec.layers.sparse_layers:
         return Subject(name, "dense" if spec is None else "full", dtype, {})
     heads = kv_cache_of(model.config)
-    group = (1, 1, heads.num_kv_heads, heads.head_dim)
-    q = torch.empty(1, 1, model.config.num_attention_heads, heads.head_dim).to(model)
-    k = torch.empty(group).to(model)
+    like: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+    q = torch.empty(1, 1, model.config.num_attention_heads, heads.head_dim, **like)
+    k = torch.empty(1, 1, heads.num_kv_heads, heads.head_dim, **like)
     kernels = {op: str(choose(op, q, k)) for op in OPS}
     return Subject(name, f"{spec.layout} {spec.pattern}", dtype, kernels)
 
