@@ -1,0 +1,89 @@
+"""The house keeps its own rules: packaging traps, no machine's paths, a README that is true."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from hysparse_cli.cli import app
+
+ROOT = Path(__file__).parent.parent
+MACHINE_PATH = re.compile(r"(?<![\w.~:/-])/(?:work|root|home|Users|mnt|opt|tmp)/\w")
+LARGEST_DEMO_MODEL = 4_000_000
+
+
+def project_files() -> list[Path]:
+    """The files that git would ship: what it tracks, and what it does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
+
+
+def readme_commands() -> list[list[str]]:
+    """Every ``hysparse ...`` line of the README's code blocks, continuation lines joined."""
+    blocks = re.findall(r"```(?:bash|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
+    return [line for line in words if line and line[0] == "hysparse"]
+
+
+def test_kernels_is_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_transformers_finds_the_real_kernels_package_from_the_repository_root() -> None:
+    pytest.importorskip("kernels")
+    code = "import kernels, transformers; transformers.Qwen3ForCausalLM; print(kernels.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip().endswith("__init__.py")
+    assert not Path(found.stdout.strip()).is_relative_to(ROOT / "kernels")
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    named = []
+    for path in project_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # weights
+        named += [f"{path.relative_to(ROOT)}: {hit.group()}" for hit in MACHINE_PATH.finditer(text)]
+    assert named == []
+
+
+def test_the_demo_model_is_small() -> None:
+    files = (ROOT / "examples" / "demo-model").iterdir()
+    assert sum(path.stat().st_size for path in files) <= LARGEST_DEMO_MODEL
+
+
+def test_numbered_examples_are_short() -> None:
+    scripts = sorted((ROOT / "examples").glob("[0-9]*.py"))
+    assert scripts
+    assert {s.name: n for s in scripts if (n := len(s.read_text().splitlines())) > 60} == {}
+
+
+def test_the_readme_shows_the_main_commands() -> None:
+    shown = {command[1] for command in readme_commands()}
+    assert {"convert", "finetune", "eval", "bench", "inspect-topk", "generate"} <= shown
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_every_readme_command_parses(command: list[str]) -> None:
+    name, *words = command[1:]
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0, result.output
+    group = get_command(app)
+    known = {
+        option
+        for parameter in group.commands[name].params  # type: ignore[attr-defined]
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    assert [word for word in words if word.startswith("--") and word not in known] == []
