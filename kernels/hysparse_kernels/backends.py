@@ -4,13 +4,14 @@ A backend is a module with the functions of ``reference.py`` and one row here, w
 gives the reason why it can't run a call, or None.
 """
 
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 
 from torch import Tensor
+
+from hysparse_kernels import reference
 
 ENVIRONMENT_VARIABLE = "HYSPARSE_BACKEND"
 
@@ -20,7 +21,7 @@ class Backend:
     """name: as in ``HYSPARSE_BACKEND``. refuses(op, q, k): the reason it can't, or None."""
 
     name: str
-    module: str
+    module: ModuleType
     refuses: Callable[[str, Tensor, Tensor], str | None]
 
 
@@ -31,15 +32,12 @@ class Choice:
     backend: Backend
     refusals: dict[str, str] = field(default_factory=dict)
 
-    def load(self) -> ModuleType:
-        return importlib.import_module(self.backend.module)
-
     def __str__(self) -> str:
         reasons = "".join(f"; {name} refused: {why}" for name, why in self.refusals.items())
         return f"{self.backend.name}{reasons}"
 
 
-BACKENDS = (Backend("reference", "hysparse_kernels.reference", lambda op, q, k: None),)
+BACKENDS = (Backend("reference", reference, lambda op, q, k: None),)
 
 
 def choose(op: str, q: Tensor, k: Tensor) -> Choice:

@@ -42,7 +42,7 @@ def full_attention(
     if block_size is None and (top_k_blocks or return_block_scores):
         raise ValueError("top_k_blocks and return_block_scores need block_size")
     _check_positive(block_size=block_size)
-    backend = choose("full_attention", q, k).load()
+    backend = choose("full_attention", q, k).backend.module
     result: FullAttention = backend.full_attention(
         q,
         k,
@@ -89,7 +89,7 @@ def block_sparse_attention(
             f"block_idx has shape {tuple(block_idx.shape)}, expected "
             f"(B, T, G, K) = ({q.shape[0]}, {q.shape[1]}, {k.shape[2]}, K)"
         )
-    backend = choose("block_sparse_attention", q, k).load()
+    backend = choose("block_sparse_attention", q, k).backend.module
     result: Attention = backend.block_sparse_attention(
         q,
         k,
@@ -125,7 +125,7 @@ def sliding_window_attention(
     """
     _check(q, k, v, sinks)
     _check_positive(window_tokens=window_tokens)
-    backend = choose("sliding_window_attention", q, k).load()
+    backend = choose("sliding_window_attention", q, k).backend.module
     result: Attention = backend.sliding_window_attention(
         q,
         k,
@@ -154,7 +154,7 @@ def gated_sum(o_sparse: Tensor, o_window: Tensor, gate_logits: Tensor) -> Tensor
             f"o_sparse {tuple(o_sparse.shape)}, o_window {tuple(o_window.shape)} and gate_logits "
             f"{tuple(gate_logits.shape)} do not fit (B, T, H, D), (B, T, H, D), (B, T, H, 2)"
         )
-    backend = choose("gated_sum", o_sparse, o_window).load()
+    backend = choose("gated_sum", o_sparse, o_window).backend.module
     result: Tensor = backend.gated_sum(o_sparse, o_window, gate_logits)
     return result
 

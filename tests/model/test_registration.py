@@ -1,0 +1,98 @@
+"""How transformers finds a converted checkpoint, in fresh processes, as a user's would be."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hysparse_cli.model.config import HysparseSpec
+from tests.model.equivalences import SPEC
+from tests.model.tiny import hysparse_model
+
+LOAD = "m = AutoModelForCausalLM.from_pretrained(path{options}); print(type(m).__name__)"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("converted")
+    hysparse_model("qwen3", SPEC, torch.float32).save_pretrained(path)
+    return path
+
+
+def run(code: str, path: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    program = f"path = {str(path)!r}\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import hysparse_cli\nfrom transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM\nimport hysparse_cli",
+    ],
+)
+def test_importing_hysparse_cli_is_enough(imports: str, checkpoint: Path, tmp_path: Path) -> None:
+    result = run(f"{imports}\n{LOAD.format(options='')}", checkpoint, tmp_path)
+    assert result.stdout.strip() == "HySparseQwen3ForCausalLM", result.stderr
+
+
+def test_trust_remote_code_finds_the_installed_package(checkpoint: Path, tmp_path: Path) -> None:
+    load = LOAD.format(options=", trust_remote_code=True")
+    result = run(f"from transformers import AutoModelForCausalLM\n{load}", checkpoint, tmp_path)
+    assert result.stdout.strip() == "HySparseQwen3ForCausalLM", result.stderr
+
+
+def test_it_never_loads_as_the_dense_model(checkpoint: Path, tmp_path: Path) -> None:
+    load = LOAD.format(options="")
+    result = run(f"from transformers import AutoModelForCausalLM\n{load}", checkpoint, tmp_path)
+    assert result.returncode != 0 and "ForCausalLM" not in result.stdout
+    assert "trust_remote_code" in result.stderr
+
+
+def test_importing_hysparse_cli_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    code = "import hysparse_cli, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    assert run(code, tmp_path, tmp_path).stdout.strip() == "set()"
+
+
+def test_a_newer_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["hysparse"]["version"] = 99
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"version in config\.json is 99.*install a newer"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_user_given_attention_implementation_is_an_error(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="'eager' can't run HySparse layers"):
+        AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+
+
+def test_in_memory_the_model_type_stays_the_base_familys(checkpoint: Path) -> None:
+    config = AutoConfig.from_pretrained(checkpoint)
+    assert config.model_type == "qwen3"
+    assert config.to_dict()["model_type"] == "hysparse"
+    again = type(config).from_dict(config.to_dict())
+    assert again.hysparse == config.hysparse and again.layer_types == config.layer_types
+
+
+def test_layer_types_make_the_caches(checkpoint: Path) -> None:
+    assert AutoConfig.from_pretrained(checkpoint).layer_types == [
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+    ]
+    assert set(HysparseSpec("FSSFS", sparse_kv="own").layer_types) == {"full_attention"}
