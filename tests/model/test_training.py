@@ -60,7 +60,7 @@ def test_peft_trains_lora_and_keeps_the_hysparse_modules() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.detach().item())
     assert losses[-1] < losses[0]
     wrapped = [m for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper)]
     assert len(wrapped) == len(SPEC.layers.sparse_layers)
