@@ -1,6 +1,7 @@
 """How many bytes of keys and values a model holds: the paper's arithmetic, no model needed.
 
-A full attention layer holds every token; a layer with a sliding window, at most the window.
+A full attention layer holds every token; a layer with a window of w tokens, the last w - 1: the
+next query brings its own key. (transformers' static cache allocates that one too.)
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class KvCache:
-    """What each layer keeps: ``windows[layer]`` tokens at most, or None for all."""
+    """``windows[layer]`` is the layer's sliding window in tokens, or None where it has none."""
 
     num_kv_heads: int
     head_dim: int
@@ -18,7 +19,7 @@ class KvCache:
     def layer_bytes(self, layer: int, context_tokens: int, itemsize: int) -> int:
         """Bytes of keys and values that ``layer`` holds for one sequence of ``context_tokens``."""
         window = self.windows[layer]
-        kept = context_tokens if window is None else min(context_tokens, window)
+        kept = context_tokens if window is None else min(context_tokens, window - 1)
         return 2 * kept * self.num_kv_heads * self.head_dim * itemsize
 
     def total_bytes(self, context_tokens: int, itemsize: int) -> int:
