@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from hysparse_cli.model.config import (
 )
 from hysparse_cli.model_card import model_card
 from hysparse_cli.plan import Plan, readable
+from hysparse_cli.provenance import provenance
 from hysparse_cli.recipe import ConvertOptions, bytes_of, to_yaml
 from hysparse_cli.source import Source
 from hysparse_cli.staging import require_free_space, staged
@@ -53,13 +53,13 @@ OnProgress = Callable[[int, int], None]
 class Conversion:
     """A finished conversion. ``non_finite``: tensor -> how many of its values are NaN or infinite.
 
-    ``hashes``: source file -> its SHA-256.
+    ``source_files``: what identifies each file that was read (see provenance.py).
     """
 
     plan: Plan
     out: Path
     files: dict[str, int]
-    hashes: dict[str, str]
+    source_files: dict[str, dict[str, Any]]
     non_finite: dict[str, int]
     seconds: float
 
@@ -89,7 +89,7 @@ class Conversion:
             "plan": self.plan.as_json(),
             "out": str(self.out),
             "files": self.files,
-            "source_sha256": self.hashes,
+            "source_files": self.source_files,
             "non_finite": self.non_finite,
             "warnings": self.warnings,
             "seconds": round(self.seconds, 3),
@@ -160,13 +160,13 @@ def execute(plan: Plan, out: Path, on_progress: OnProgress) -> Conversion:
         (partial / HUB_SHIM_NAME).write_text(HUB_SHIM, encoding="utf-8")
         (partial / RECIPE_NAME).write_text(to_yaml(options), encoding="utf-8")
         (partial / "README.md").write_text(model_card(plan), encoding="utf-8")
-        small = ["config.json", *map(str, side_files(folder, with_code=options.trust_remote_code))]
-        hashes = {name: sha256((folder / name).read_bytes()).hexdigest() for name in small}
         conversion = Conversion(
             plan=plan,
             out=out,
             files=written.files,
-            hashes=written.hashes | hashes,
+            source_files=provenance(
+                plan.checkpoint, side_files(folder, with_code=options.trust_remote_code)
+            ),
             non_finite=written.non_finite,
             seconds=time.monotonic() - start,
         )

@@ -1,25 +1,20 @@
 """Writing safetensors shards as a stream: a chunk in memory at a time, never a shard.
 
 A shard is a header and tensors. Unless a dtype is asked for, bytes go over as they are; on the way
-every source byte is hashed and every float looked at once for NaN and infinity.
+every float is looked at for NaN and infinity.
 """
 
-import hashlib
 import json
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import torch
 
 from hysparse_cli.checkpoint import Shard, StoredTensor
 from hysparse_cli.errors import UnreadableInput
-from hysparse_cli.staging import sync
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,8 +29,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK_BYTES = 4 << 20
-MAX_RUNNING = 8
+CHUNK_BYTES = 1 << 20
 _ALIGNMENT = 8
 
 OnBytes = Callable[[int], None]
@@ -70,109 +64,60 @@ def pack(pieces: Sequence[Piece], max_bytes: int) -> list[list[Piece]]:
     return groups
 
 
-@dataclass
 class ShardWriter:
-    """Streams shards into a folder; ``hashes`` and ``non_finite`` say what was seen on the way.
+    """Streams shards into a folder; ``non_finite`` counts, by tensor, NaN and infinite values."""
 
-    Use it as a context manager: leaving it waits until every shard is on the disk.
-    """
-
-    folder: Path
-    on_bytes: OnBytes
-    hashes: dict[str, str] = field(default_factory=dict)
-    non_finite: dict[str, int] = field(default_factory=dict)
-
-    def __enter__(self) -> "ShardWriter":
-        self._hasher = ThreadPoolExecutor(1, "hash")
-        self._checker = ThreadPoolExecutor(1, "check")
-        self._syncer = ThreadPoolExecutor(1, "sync")
-        self._running: deque[Future[None]] = deque()
-        self._synced: list[Future[None]] = []
-        self._digests: dict[Path, Any] = {}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for pool in (self._hasher, self._checker, self._syncer):
-            pool.shutdown(wait=True, cancel_futures=kind is not None)
-        if kind is None:
-            for work in (*self._running, *self._synced):
-                work.result()
-            self.hashes.update({p.name: digest.hexdigest() for p, digest in self._digests.items()})
+    def __init__(self, folder: Path, on_bytes: OnBytes) -> None:
+        self.non_finite: Counter[str] = Counter()
+        self._folder = folder
+        self._on_bytes = on_bytes
+        # one buffer for all: a fresh one for each chunk costs more than the copy itself
+        self._buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
 
     def copy(self, shard: Shard, name: str) -> None:
         """Write ``shard`` under ``name``, byte for byte."""
-        with shard.path.open("rb", buffering=0) as source, self._new_file(name) as target:
-            target.write(self._source_header(shard, source))
+        with (
+            shard.path.open("rb", buffering=0) as source,
+            (self._folder / name).open("xb", buffering=0) as target,
+        ):
+            _write(target, source.read(shard.header_size))
             for tensor in shard.tensors:
-                dtype = DTYPES[tensor.dtype]
-                for chunk in self._chunks(tensor, source):
-                    self._look_at(tensor.name, torch.frombuffer(chunk, dtype=dtype))
-                    target.write(chunk)
+                for values in self._read(tensor, source):
+                    self._look_at(tensor.name, values)
+                    _write(target, _raw(values))
 
     def write(self, pieces: Sequence[Piece], name: str) -> None:
         """Write ``pieces`` as a shard, each cast to its dtype."""
-        with self._new_file(name) as target:
-            target.write(_header(pieces))
+        with (self._folder / name).open("xb", buffering=0) as target:
+            _write(target, _header(pieces))
             for piece in pieces:
                 if piece.source is None:
-                    target.write(_raw(torch.full(piece.shape, piece.fill, dtype=piece.dtype)))
+                    filled = torch.full(piece.shape, piece.fill, dtype=piece.dtype)
+                    _write(target, _raw(filled))
                     continue
-                dtype = DTYPES[piece.source.dtype]
                 with piece.source.shard.open("rb", buffering=0) as source:
-                    for chunk in self._chunks(piece.source, source):
-                        values = torch.frombuffer(chunk, dtype=dtype).to(piece.dtype)
-                        self._look_at(piece.name, values)
-                        target.write(_raw(values))
+                    for values in self._read(piece.source, source):
+                        cast = values.to(piece.dtype)
+                        self._look_at(piece.name, cast)
+                        _write(target, _raw(cast))
 
-    def hash_header(self, shard: Shard) -> None:
-        """Begin the hash of a source shard whose tensors ``write`` is about to read in order."""
-        with shard.path.open("rb", buffering=0) as source:
-            self._source_header(shard, source)
-
-    def _source_header(self, shard: Shard, source: IO[bytes]) -> bytes:
-        header = source.read(shard.header_size)
-        self._digests[shard.path] = hashlib.sha256(header)
-        return header
-
-    def _chunks(self, tensor: StoredTensor, source: IO[bytes]) -> Iterator[bytearray]:
+    def _read(self, tensor: StoredTensor, source: IO[bytes]) -> Iterator[torch.Tensor]:
+        """The tensor's values, flat, a chunk at a time: each is overwritten by the next."""
         source.seek(tensor.start)
         left = tensor.size
-        digest = self._digests[tensor.shard]
         while left:
-            chunk = bytearray(min(CHUNK_BYTES, left))
+            chunk = self._buffer[: min(CHUNK_BYTES, left)]
             _read_into(source, chunk, tensor)
-            self._later(self._hasher, digest.update, chunk)
-            yield chunk
+            yield chunk.view(DTYPES[tensor.dtype])
             left -= len(chunk)
-            self.on_bytes(len(chunk))
-
-    def _later(self, pool: ThreadPoolExecutor, work: Callable[..., None], *args: Any) -> None:
-        """Hand work to a thread, and wait for the oldest where too many chunks are held."""
-        self._running.append(pool.submit(work, *args))
-        if len(self._running) > MAX_RUNNING:
-            self._running.popleft().result()
+            self._on_bytes(len(chunk))
 
     def _look_at(self, name: str, values: torch.Tensor) -> None:
-        """Count NaN and infinity among the values as written, on a thread of its own."""
-        if values.is_floating_point():
-            self._later(self._checker, self._count, name, values)
-
-    def _count(self, name: str, values: torch.Tensor) -> None:
+        if not values.is_floating_point():
+            return
         low, high = torch.aminmax(values)  # both are NaN where any value is
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            count = int((~torch.isfinite(values)).sum())
-            self.non_finite[name] = self.non_finite.get(name, 0) + count
-
-    @contextmanager
-    def _new_file(self, name: str) -> Iterator[IO[bytes]]:
-        with (self.folder / name).open("xb", buffering=0) as file:
-            yield file
-        self._synced.append(self._syncer.submit(sync, self.folder / name))
+            self.non_finite[name] += int((~torch.isfinite(values)).sum())
 
 
 def _header(pieces: Sequence[Piece]) -> bytes:
@@ -196,10 +141,16 @@ def _raw(tensor: torch.Tensor) -> memoryview:
     return memoryview(data)
 
 
-def _read_into(source: IO[bytes], chunk: bytearray, tensor: StoredTensor) -> None:
-    view, got = memoryview(chunk), 0
-    while got < len(chunk):
-        read = source.readinto(view[got:])  # type: ignore[attr-defined]
+def _write(target: IO[bytes], data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[target.write(view) :]
+
+
+def _read_into(source: IO[bytes], chunk: torch.Tensor, tensor: StoredTensor) -> None:
+    view = _raw(chunk)
+    while view:
+        read = source.readinto(view)  # type: ignore[attr-defined]
         if not read:
             raise UnreadableInput(f"{tensor.shard} became shorter while {tensor.name} was read")
-        got += read
+        view = view[read:]

@@ -17,12 +17,11 @@ from hysparse_cli.shards import DTYPES, Piece, ShardWriter, pack
 class Written:
     """``files``: shard -> bytes. ``index``: the content of model.safetensors.index.json.
 
-    ``hashes``: source shard -> SHA-256. ``non_finite``: tensor -> count of NaN and infinities.
+    ``non_finite``: tensor -> how many of its values are NaN or infinite.
     """
 
     files: dict[str, int]
     index: dict[str, Any]
-    hashes: dict[str, str]
     non_finite: dict[str, int]
 
 
@@ -48,15 +47,12 @@ def write_weights(plan: Plan, folder: Path, on_progress: Callable[[int, int], No
         done += count
         on_progress(done, total)
 
-    with ShardWriter(folder, advance) as writer:
-        if plan.repack:
-            for shard in sources:
-                writer.hash_header(shard)
-        for position, (name, pieces) in enumerate(zip(names, groups, strict=True)):
-            if plan.repack or position >= len(sources):
-                writer.write(pieces, name)
-            else:
-                writer.copy(sources[position], name)
+    writer = ShardWriter(folder, advance)
+    for position, (name, pieces) in enumerate(zip(names, groups, strict=True)):
+        if plan.repack or position >= len(sources):
+            writer.write(pieces, name)
+        else:
+            writer.copy(sources[position], name)
     weight_map = {
         piece.name: name for name, pieces in zip(names, groups, strict=True) for piece in pieces
     }
@@ -64,8 +60,7 @@ def write_weights(plan: Plan, folder: Path, on_progress: Callable[[int, int], No
     return Written(
         files={name: (folder / name).stat().st_size for name in names},
         index={"metadata": {"total_size": total_size}, "weight_map": weight_map},
-        hashes=writer.hashes,
-        non_finite=writer.non_finite,
+        non_finite=dict(writer.non_finite),
     )
 
 
