@@ -190,6 +190,7 @@ class InspectOptions(Section):
     max_tokens: Positive = 2048
     dtype: Dtype = "auto"
     device: Device = "auto"
+    seed: int = 0
 
 
 class GenerateOptions(Section):

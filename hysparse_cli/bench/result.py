@@ -82,14 +82,14 @@ class Bench:
             caption_justify="left",
             box=box.SIMPLE_HEAD,
         )
-        columns = ("context", "batch", "KV held", "KV counted", "TTFT ms", "TPOT ms")
+        columns = ("context", "batch", "KV held", "counted", "TTFT ms", "TPOT ms")
         table.add_column("checkpoint")
         for name in columns:
             table.add_column(name, justify="right", no_wrap=True)
         names = self._names()
         for row in self.rows:
             first = row.checkpoint == self.subjects[0].checkpoint
-            if first and row is not self.rows[0]:
+            if first and row is not self.rows[0] and len(names) > 1:
                 table.add_section()
             cells = [names[row.checkpoint], f"{row.context:,}", f"{row.batch:,}"]
             if row.allocated_kv_bytes is None:
