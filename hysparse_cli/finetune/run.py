@@ -43,7 +43,7 @@ def finetune(
         loaded, teacher = _load_models(checkpoint, options)
         parameters = select_trainable(loaded.model, options.trainable)
         if options.gradient_checkpointing:
-            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpoint_activations(loaded.model)
         rows = PackedRows(options, loaded.tokenizer)
         trainer = Trainer(loaded.model, parameters, teacher, rows, options)
         require_free_space(out, _disk_bytes(loaded.model, parameters, options))
@@ -80,6 +80,13 @@ def _disk_bytes(model: Any, parameters: dict[str, nn.Parameter], options: Finetu
     output: int = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in parameters.values())
     return output + (2 * trained * STATE_BYTES if options.save_every_steps else 0)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Recompute each layer for its gradient; reentrant checkpointing would give wrong ones."""
+    name = "activation_checkpointing_enable"  # transformers 5.17 has the other alone
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _check_data(options: FinetuneOptions) -> None:

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def plain_losses(model: Any, teacher: Any, batch: Batch) -> tuple[torch.Tensor, 
     next_token = distill = torch.zeros(())
     for ids, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
         starts = [*torch.where(positions == 0)[0].tolist(), len(ids)]
-        for begin, end in zip(starts, starts[1:], strict=False):
+        for begin, end in pairwise(starts):
             document = ids[None, begin:end]
             log_p = model(document).logits[0, :-1].log_softmax(-1)
             log_q = teacher(document).logits[0, :-1].log_softmax(-1)
@@ -75,7 +76,7 @@ def test_losses_and_gradients_of_packed_chunks_are_those_of_separate_documents(
 
 def test_without_a_teacher_only_the_next_token_counts(model: Any, batch: Batch) -> None:
     sums = loss_sums(model, batch)
-    assert float(sums.distill) == 0
+    assert sums.distill.item() == 0
     assert torch.equal(sums.mixed(0.0), sums.next_token)
 
 

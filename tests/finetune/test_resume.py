@@ -1,0 +1,228 @@
+"""A run that is killed or interrupted goes on as if nothing had happened: bitwise, on the CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+from hysparse_cli.finetune import finetune
+from hysparse_cli.finetune.result import Progress
+from hysparse_cli.recipe import FinetuneOptions
+from tests.conftest import Hysparse
+from tests.finetune.conftest import Convert
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMAND = "from hysparse_cli.cli import main; main()"
+KILLED_IN_STEP_5 = """
+import os, signal
+from hysparse_cli.finetune import trainer
+clip, steps = trainer.nn.utils.clip_grad_norm_, []
+def kill(*args):
+    steps.append(args)
+    if len(steps) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(*args)
+trainer.nn.utils.clip_grad_norm_ = kill
+"""
+KILLED_WHILE_SAVING = """
+import os, signal
+from hysparse_cli.finetune import state
+saves = []
+def replace(source, target):
+    saves.append(target)
+    if len(saves) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.rename(source, target)
+state.os.replace = replace
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the subprocesses: sums depend on the number of threads
+    yield
+    torch.set_num_threads(before)
+
+
+def options_for(data: Path, teacher: Path | None, **options: Any) -> FinetuneOptions:
+    return FinetuneOptions(
+        **{
+            "data": str(data),
+            "teacher": teacher and str(teacher),
+            "steps": 10,
+            "batch_size": 2,
+            "gradient_accumulation": 2,
+            "sequence_tokens": 32,
+            "shuffle_rows": 8,
+            "distill_weight": 0.5,
+            "learning_rate": 3e-3,
+            "save_every_steps": 2,
+            **options,
+        }
+    )
+
+
+def arguments(options: FinetuneOptions) -> list[str]:
+    fields = options.model_dump(mode="json", exclude_defaults=True)
+    return [f"--set=finetune.{name}={json.dumps(value)}" for name, value in fields.items()]
+
+
+def start(prelude: str, *args: object) -> subprocess.Popen[str]:
+    paths = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"
+    return subprocess.Popen(
+        [sys.executable, "-c", prelude + COMMAND, "finetune", *map(str, args)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(run: subprocess.Popen[str], number: int) -> None:
+    assert run.stderr is not None
+    for line in run.stderr:
+        if line.startswith(f"step {number}/"):
+            return
+    raise AssertionError(f"the run ended before step {number}: exit code {run.wait()}")
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_killed_twice_and_resumed_equals_undisturbed(
+    converted: Convert, tiny_original: Path, documents_file: Path, tmp_path: Path
+) -> None:
+    checkpoint, options = converted(), options_for(documents_file, tiny_original)
+    undisturbed = finetune(str(checkpoint), tmp_path / "whole", options, lambda now: None)
+
+    out = tmp_path / "out"
+    run = start(KILLED_IN_STEP_5, checkpoint, out, *arguments(options))
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL
+    assert not out.exists()
+    resumed = options.model_copy(update={"resume": True})
+    run = start(KILLED_WHILE_SAVING, checkpoint, out, *arguments(resumed))
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert (tmp_path / "out.state" / "state.pt.partial").exists()
+
+    result = finetune(str(checkpoint), out, resumed, lambda now: None)
+    assert result.resumed_at == 6
+    assert result.steps == undisturbed.steps
+    assert weights(out) == weights(tmp_path / "whole")
+    assert not (tmp_path / "out.state").exists()
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(number: int) -> Any:
+    def on_step(now: Progress) -> None:
+        if now.step.number == number:
+            raise Stopped
+
+    return on_step
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_generators_and_masters_are_part_of_the_state(
+    tiny_checkpoint: Path, tiny_original: Path, documents_file: Path, tmp_path: Path, dtype: str
+) -> None:
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    (tiny_checkpoint / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+    options = options_for(
+        documents_file, tiny_original, dtype=dtype, gradient_checkpointing=True, steps=6
+    )
+    whole = finetune(str(tiny_checkpoint), tmp_path / "whole", options, lambda now: None)
+    for stopped in (3, 5):
+        out = tmp_path / f"out-{stopped}"
+        with pytest.raises(Stopped):
+            finetune(str(tiny_checkpoint), out, options, stop_at(stopped))
+        torch.rand(7)
+        resumed = options.model_copy(update={"resume": True})
+        result = finetune(str(tiny_checkpoint), out, resumed, lambda now: None)
+        assert result.resumed_at == stopped - 1
+        assert result.steps == whole.steps
+        assert weights(out) == weights(tmp_path / "whole")
+
+
+def test_a_state_is_neither_lost_nor_mixed_up(
+    tiny_original: Path, documents_file: Path, tmp_path: Path
+) -> None:
+    options = options_for(documents_file, None)
+    out, name = tmp_path / "out", str(tiny_original)
+    resume = options.model_copy(update={"resume": True})
+    with pytest.raises(InvalidRecipe, match=r"nothing to resume: .*out\.state/state\.pt"):
+        finetune(name, out, resume, lambda now: None)
+    with pytest.raises(Stopped):
+        finetune(name, out, options, stop_at(3))
+    with pytest.raises(InvalidRecipe, match=r"out\.state holds the state of a run .* --resume"):
+        finetune(name, out, options, lambda now: None)
+    other = resume.model_copy(update={"learning_rate": 1e-5, "seed": 3})
+    with pytest.raises(
+        InvalidRecipe, match=r"another run: learning_rate was 0\.003, is 1e-05; seed was 0, is 3"
+    ):
+        finetune(name, out, other, lambda now: None)
+    with documents_file.open("a") as file:
+        file.write('{"text": "w1 w2"}\n')
+    with pytest.raises(InvalidRecipe, match="another run: bytes of data"):
+        finetune(name, out, resume, lambda now: None)
+    saved = tmp_path / "out.state" / "state.pt"
+    saved.write_bytes(saved.read_bytes()[:1000])
+    with pytest.raises(UnreadableInput, match=r"state\.pt can't be read"):
+        finetune(name, out, resume, lambda now: None)
+    again = options.model_copy(update={"overwrite": True})
+    assert finetune(name, out, again, lambda now: None).resumed_at == 0
+    assert not saved.exists()
+
+
+def test_interrupted_runs_keep_their_state_and_say_so_in_one_line(
+    tiny_original: Path, documents_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = options_for(documents_file, tiny_original, steps=1000)
+    run = start("", tiny_original, out, *arguments(options))
+    wait_for_step(run, 50)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate()
+    assert run.returncode == 130
+    assert errors.splitlines()[-1].startswith("hysparse: interrupted")
+    assert "Traceback" not in errors
+    assert not out.exists()
+    assert (tmp_path / "out.state" / "state.pt").exists()
+
+
+FULL_AFTER_THE_FIRST_SAVE = """
+import resource
+from hysparse_cli.finetune import trainer
+save = trainer.save_state
+def save_state(out, state):
+    save(out, state)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+trainer.save_state = save_state
+"""
+
+
+def test_a_full_disk_keeps_the_last_good_state(
+    hysparse: Hysparse, tiny_original: Path, documents_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = options_for(documents_file, tiny_original)
+    run = start(FULL_AFTER_THE_FIRST_SAVE, tiny_original, out, *arguments(options))
+    _, errors = run.communicate()
+    assert run.returncode == 5
+    assert "disk full while saving step 4" in errors.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "out.state").iterdir()] == ["state.pt"]
+    done = hysparse("finetune", tiny_original, out, *arguments(options), "--resume", "--json")
+    assert json.loads(done.stdout)["resumed_at"] == 2
