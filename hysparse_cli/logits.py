@@ -48,7 +48,7 @@ class _Given(nn.Module):
         super().__init__()
         self.output = MoeModelOutputWithPast(last_hidden_state=hidden)
 
-    def forward(self, **inputs: Any) -> MoeModelOutputWithPast:
+    def forward(self, *args: Any, **inputs: Any) -> MoeModelOutputWithPast:
         return self.output
 
 
