@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CanineTokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hysparse_cli.errors import InvalidRecipe, UnsupportedModel
 from hysparse_cli.retrieval import FORMS, Form, Task, write_context
@@ -113,4 +113,4 @@ def test_the_length_that_the_refusal_asks_for_is_enough(tokenizer: Any) -> None:
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="no character offsets"):
-        write_context(Task("secret", 512), 0, CanineTokenizer())  # type: ignore[no-untyped-call]
+        write_context(Task("secret", 512), 0, ByT5Tokenizer())  # type: ignore[no-untyped-call]
