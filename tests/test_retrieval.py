@@ -113,4 +113,4 @@ def test_the_length_that_the_refusal_asks_for_is_enough(tokenizer: Any) -> None:
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="no character offsets"):
-        write_context(Task("secret", 512), 0, ByT5Tokenizer())  # type: ignore[no-untyped-call]
+        write_context(Task("secret", 512), 0, ByT5Tokenizer())
