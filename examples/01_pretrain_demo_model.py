@@ -11,7 +11,7 @@ from recall_text import WORDS, Lesson, build_tokenizer, training_row
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-LESSONS = [Lesson(32, 40, 0.0), Lesson(48, 64, 0.0), Lesson(64, 200, 0.2)]
+LESSONS = [Lesson(32, 128, 0.0), Lesson(64, 128, 0.0), Lesson(64, 256, 0.2)]
 LESSONS += [Lesson(tokens, len(WORDS), 0.5) for tokens in (128, 256, 512)]
 # On to the next lesson once the share KNOWN of the answers is right.
 KNOWN, LAST_STEPS, RATES = 0.9, 400, (0.02, 3e-3)
@@ -24,8 +24,8 @@ torch.manual_seed(0)
 rng = random.Random(0)
 tokenizer = build_tokenizer()
 end = {"eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": True}
-size = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048}
-model = Qwen3ForCausalLM(Qwen3Config(**shape, **heads, **end, **size)).to(DEVICE)
+sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048}
+model = Qwen3ForCausalLM(Qwen3Config(**shape, **heads, **end, **sizes)).to(DEVICE)
 matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
 others = [p for n, p in model.named_parameters() if p.ndim == 1 or "embed" in n]
 muon = torch.optim.Muon(matrices, weight_decay=0.01)
@@ -36,10 +36,8 @@ known = 0.0
 while last < LAST_STEPS:
     now, is_last = LESSONS[lesson], lesson == len(LESSONS) - 1
     unknown = 0.05 if is_last else 0.0
-    rows = [
-        training_row(now, tokenizer, unknown, rng)
-        for _ in range(max(4, BATCH_TOKENS // now.tokens))
-    ]
+    size = range(max(4, BATCH_TOKENS // now.tokens))
+    rows = [training_row(now, tokenizer, unknown, rng) for _ in size]
     ids, weights = (torch.tensor(part, device=DEVICE) for part in zip(*rows, strict=True))
     wanted = weights[:, 1:] > 0
     labels, weights = ids[:, 1:][wanted], weights[:, 1:][wanted]

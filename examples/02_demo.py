@@ -6,6 +6,7 @@ Every step is a ``hysparse`` command, printed before it runs. Results go to demo
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,34 +16,37 @@ from recall_text import recall_document
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).parent
-DENSE, RECIPE, OUT = HERE / "demo-model", HERE.parent / "recipes" / "demo.yaml", Path("demo-out")
-LAYOUTS = ("hysparse", "hybrid-swa")
+ROOT, OUT = Path(__file__).parent.parent, Path("demo-out")
+DENSE, RECIPE = Path("examples/demo-model"), Path("recipes/demo.yaml")
 console = Console()
 
 
 def hysparse(*words: str | Path, quiet: bool = False) -> str:
-    """Run a command of the tool; return what it printed."""
+    """Run a command of the tool, which prints to the terminal or, if ``quiet``, is returned."""
     line = [*map(str, words), "--recipe", str(RECIPE)]
     console.print(f"\n$ hysparse {' '.join(line)}", style="bold", markup=False, soft_wrap=True)
     tool = Path(sys.executable).with_name("hysparse")
-    result = subprocess.run([tool, *line], stdout=subprocess.PIPE, text=True, check=True)
-    if not quiet:
-        sys.stdout.write(result.stdout)
-    return result.stdout
+    stdout = subprocess.PIPE if quiet else None
+    with (OUT / "prompt.txt").open() as stdin:
+        done = subprocess.run([tool, *line], stdin=stdin, stdout=stdout, text=True, check=True)
+    return done.stdout
 
 
+os.chdir(ROOT)
 OUT.mkdir(exist_ok=True)
 rng = random.Random(1)
 texts = [recall_document(480, rng) for _ in range(400)]
+prompt, _, answer = texts.pop().rpartition(":")
+(OUT / "prompt.txt").write_text(f"{prompt}:")
 (OUT / "recall.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-for layout in LAYOUTS:
+for layout in ("hysparse", "hybrid-swa"):
     hysparse("convert", DENSE, OUT / layout, "--layout", layout, "--overwrite")
     healed = OUT / f"{layout}-healed"
     data = ("--data", OUT / "recall.jsonl", "--teacher", DENSE)
     hysparse("finetune", OUT / layout, healed, *data, "--overwrite")
 
-models = [DENSE, *(OUT / f"{layout}{state}" for layout in LAYOUTS for state in ("", "-healed"))]
+names = ("hysparse", "hybrid-swa", "hysparse-healed", "hybrid-swa-healed")
+models = [DENSE, *(OUT / name for name in names)]
 scores = json.loads(hysparse("eval", *models, "--json", quiet=True))["checkpoints"]
 against = [word for model in models[1:] for word in ("--against", model)]
 rows = json.loads(hysparse("bench", DENSE, *against, "--json", quiet=True))["rows"]
@@ -55,7 +59,6 @@ for model, score in zip(models, scores, strict=True):
     table.add_row(model.name, *recall, f"{held[str(model)]:,}")
 console.print(table)
 
-hysparse("inspect-topk", OUT / "hysparse-healed", "--prompt", texts[0])
-facts, _, question = texts[1].rpartition(":")
-hysparse("generate", OUT / "hysparse-healed", "--prompt", f"{facts}:", "--max-new-tokens", "1")
-print(f"Expected:{question}")
+hysparse("inspect-topk", OUT / "hysparse-healed", "--data", OUT / "recall.jsonl")
+hysparse("generate", OUT / "hysparse-healed", "--max-new-tokens", "3")
+print(f"The prompt is demo-out/prompt.txt, and the answer{answer}.")

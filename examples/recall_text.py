@@ -51,7 +51,9 @@ def training_row(
     words = WORDS[: lesson.words]
     if repeats := rng.random() < 0.25:
         length = rng.randint(4, lesson.tokens // 2)
-        parts = tokenizer([f" {word}" for word in rng.choices(words, k=length)]).input_ids
+        forms = [rng.choice((" {}", "{}:")) for _ in range(length)]
+        text = [f.format(word) for f, word in zip(forms, rng.sample(words, length), strict=True)]
+        parts = tokenizer(text).input_ids
     else:
         most = lesson.tokens // LINE_TOKENS // 2
         facts = recall_facts(words, rng.randint(2, most), rng, lesson.numbers)
