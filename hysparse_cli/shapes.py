@@ -15,13 +15,13 @@ _DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
 
 @dataclass(frozen=True)
 class Expected:
-    """What the dense model has: ``tied`` tensors need not be on disk; ``fused`` families store
-    experts apart that the model holds in one tensor; ``ignored`` are known leftovers."""
+    """What the dense model has: ``tied`` tensors need not be on disk; ``ignored`` are known
+    leftovers; ``renamed`` families name or split some tensors otherwise on disk."""
 
     shapes: dict[str, tuple[int, ...]]
     tied: frozenset[str]
     ignored: tuple[re.Pattern[str], ...]
-    fused: bool
+    renamed: bool
 
 
 def dense_config(config: Mapping[str, Any], where: str) -> Any:
@@ -49,7 +49,7 @@ def expected_tensors(config: Any, where: str) -> Expected:
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
     try:
         with torch.device("meta"):
@@ -57,20 +57,20 @@ def expected_tensors(config: Any, where: str) -> Expected:
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UnreadableInput(f"{where} describes no model that can be built: {reason}") from None
-    mapping = get_checkpoint_conversion_mapping(config.model_type)  # type: ignore[no-untyped-call]
+    renamed = get_model_conversion_mapping(model, add_legacy=False)
     return Expected(
         shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         tied=frozenset(model.all_tied_weights_keys),
         ignored=tuple(map(re.compile, model._keys_to_ignore_on_load_unexpected or ())),
-        fused=mapping is not None,
+        renamed=bool(renamed),
     )
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:
     """Check names and shapes; the names that transformers will not use are returned.
 
-    Where a family's experts are fused on loading, tensors whose names differ are compared by how
-    many numbers each layer holds.
+    Where a family names tensors otherwise on disk, or splits them as it does experts, those whose
+    names differ are compared by how many numbers each layer holds.
 
     Raises: UnreadableInput naming the first tensor that is missing or has another shape.
     """
@@ -89,15 +89,16 @@ def check_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:
         and not _DERIVED.search(name)
         and not any(pattern.search(name) for pattern in expected.ignored)
     ]
-    if missing and expected.fused:
+    if missing and expected.renamed:
         have = _numbers({name: stored[name].shape for name in unused})
         need = _numbers({name: expected.shapes[name] for name in missing})
         if have == need:
             return []
         layer = min(key for key in have | need if have[key] != need[key])
         raise UnreadableInput(
-            f"{checkpoint.folder}: the experts of layer {layer} hold {have[layer]} numbers, but "
-            f"config.json makes it {need[layer]}: a tensor is missing or of another shape"
+            f"{checkpoint.folder}: the tensors of {f'layer {layer}' if layer else 'no layer'} hold "
+            f"{have[layer]} numbers where config.json makes it {need[layer]}: a tensor is missing "
+            "or of another shape"
         )
     if missing:
         raise UnreadableInput(

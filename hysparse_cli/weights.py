@@ -1,6 +1,7 @@
 """The weights of a converted checkpoint: the dense model's, and the new tensors beside them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,12 @@ def write_weights(plan: Plan, folder: Path, on_progress: Callable[[int, int], No
         on_progress(done, total)
 
     writer = ShardWriter(folder, advance)
-    for position, (name, pieces) in enumerate(zip(names, groups, strict=True)):
-        if plan.repack or position >= len(sources):
-            writer.write(pieces, name)
-        else:
-            writer.copy(sources[position], name)
+    with one_thread():
+        for position, (name, pieces) in enumerate(zip(names, groups, strict=True)):
+            if plan.repack or position >= len(sources):
+                writer.write(pieces, name)
+            else:
+                writer.copy(sources[position], name)
     weight_map = {
         piece.name: name for name, pieces in zip(names, groups, strict=True) for piece in pieces
     }
@@ -62,6 +64,17 @@ def write_weights(plan: Plan, folder: Path, on_progress: Callable[[int, int], No
         index={"metadata": {"total_size": total_size}, "weight_map": weight_map},
         non_finite=dict(writer.non_finite),
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: on chunks this small, more of them only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _piece(tensor: StoredTensor, plan: Plan) -> Piece:
