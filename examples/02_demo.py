@@ -1,8 +1,6 @@
 """The main job on examples/demo-model: convert, heal, compare, look inside, generate.
 
-    python examples/02_demo.py
-
-Every step is a ``hysparse`` command, printed before it runs. Results go to demo-out.
+Each step is a ``hysparse`` command, shown before it runs; results go to demo-out.
 """
 
 import json
@@ -18,17 +16,16 @@ from rich.table import Table
 
 ROOT, OUT = Path(__file__).parent.parent, Path("demo-out")
 DENSE, RECIPE = Path("examples/demo-model"), Path("recipes/demo.yaml")
-console = Console()
+TOOL = Path(sys.executable).with_name("hysparse")
 
 
-def hysparse(*words: str | Path, quiet: bool = False) -> str:
-    """Run a command of the tool, which prints to the terminal or, if ``quiet``, is returned."""
+def hysparse(*words: str | Path) -> str:
+    """Run a command of the tool, which prints to the terminal or, with --json, is returned."""
     line = [*map(str, words), "--recipe", str(RECIPE)]
-    console.print(f"\n$ hysparse {' '.join(line)}", style="bold", markup=False, soft_wrap=True)
-    tool = Path(sys.executable).with_name("hysparse")
-    stdout = subprocess.PIPE if quiet else None
+    print("\n$ hysparse", *line, flush=True)
+    stdout = subprocess.PIPE if "--json" in words else None
     with (OUT / "prompt.txt").open() as stdin:
-        done = subprocess.run([tool, *line], stdin=stdin, stdout=stdout, text=True, check=True)
+        done = subprocess.run([TOOL, *line], stdin=stdin, stdout=stdout, text=True, check=True)
     return done.stdout
 
 
@@ -41,23 +38,21 @@ prompt, _, answer = texts.pop().rpartition(":")
 (OUT / "recall.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
 for layout in ("hysparse", "hybrid-swa"):
     hysparse("convert", DENSE, OUT / layout, "--layout", layout, "--overwrite")
-    healed = OUT / f"{layout}-healed"
-    data = ("--data", OUT / "recall.jsonl", "--teacher", DENSE)
-    hysparse("finetune", OUT / layout, healed, *data, "--overwrite")
+    data = ("--data", OUT / "recall.jsonl", "--teacher", DENSE, "--overwrite")
+    hysparse("finetune", OUT / layout, OUT / f"{layout}-healed", *data)
 
 names = ("hysparse", "hybrid-swa", "hysparse-healed", "hybrid-swa-healed")
 models = [DENSE, *(OUT / name for name in names)]
-scores = json.loads(hysparse("eval", *models, "--json", quiet=True))["checkpoints"]
+scores = json.loads(hysparse("eval", *models, "--json"))["checkpoints"]
 against = [word for model in models[1:] for word in ("--against", model)]
-rows = json.loads(hysparse("bench", DENSE, *against, "--json", quiet=True))["rows"]
+rows = json.loads(hysparse("bench", DENSE, *against, "--json"))["rows"]
 held = {row["checkpoint"]: row["allocated_kv_bytes"] for row in rows}
-table = Table(title="Recall from the context", title_justify="left")
-for heading in ("", *(f"{cell['tokens']} tokens" for cell in scores[0]["retrieval"]), "KV bytes"):
-    table.add_column(heading, justify="right" if heading else "left")
+lengths = [f"{cell['tokens']} tokens" for cell in scores[0]["retrieval"]]
+table = Table("Recall from the context", *lengths, "KV bytes")
 for model, score in zip(models, scores, strict=True):
     recall = [f"{cell['correct'] / cell['questions']:.0%}" for cell in score["retrieval"]]
     table.add_row(model.name, *recall, f"{held[str(model)]:,}")
-console.print(table)
+Console().print(table)
 
 hysparse("inspect-topk", OUT / "hysparse-healed", "--data", OUT / "recall.jsonl")
 hysparse("generate", OUT / "hysparse-healed", "--max-new-tokens", "3")

@@ -14,7 +14,6 @@ from hysparse_cli.cli import app
 
 ROOT = Path(__file__).parent.parent
 MACHINE_PATH = re.compile(r"(?<![\w.~:/-])/(?:work|root|home|Users|mnt|opt|tmp)/\w")
-LARGEST_DEMO_MODEL = 4_000_000
 
 
 def project_files() -> list[Path]:
@@ -57,11 +56,6 @@ def test_no_file_names_a_path_of_one_machine() -> None:
             continue  # weights
         named += [f"{path.relative_to(ROOT)}: {hit.group()}" for hit in MACHINE_PATH.finditer(text)]
     assert named == []
-
-
-def test_the_demo_model_is_small() -> None:
-    files = (ROOT / "examples" / "demo-model").iterdir()
-    assert sum(path.stat().st_size for path in files) <= LARGEST_DEMO_MODEL
 
 
 def test_numbered_examples_are_short() -> None:
