@@ -41,7 +41,7 @@ The attention is that of "HySparse: A Hybrid Sparse Attention Architecture with 
 Selection and KV Cache Sharing". `hysparse_recipe.yaml` makes this checkpoint again, and
 `hysparse_report.json` says what it was made from.
 """
-_UNTRAINED = """
+UNTRAINED = """
 
 **It has not been trained since**: the new layers start from the dense weights, and answers are poor
 until it is healed with `hysparse finetune`."""
@@ -64,7 +64,7 @@ def model_card(plan: Plan) -> str:
         sparse=len(spec.layers.sparse_layers),
         layers=plan.num_layers,
         layout=spec.layout,
-        training=_UNTRAINED if spec.layers.sparse_layers else "",
+        training=UNTRAINED if spec.layers.sparse_layers else "",
         pattern=spec.pattern,
         selection=blocks if spec.layout == "hysparse" else "none",
         window=spec.window_tokens,

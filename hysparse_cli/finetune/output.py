@@ -10,10 +10,11 @@ from transformers import GenerationConfig
 from hysparse_cli.checkpoint import copy_side_files
 from hysparse_cli.finetune.result import FinetuneResult
 from hysparse_cli.loading import Loaded
+from hysparse_cli.model_card import UNTRAINED
 from hysparse_cli.recipe import FinetuneOptions, to_yaml
 
 RECIPE, REPORT = "hysparse_recipe.yaml", "hysparse_finetune.json"
-_KEPT = ("README.md", "hysparse_report.json")
+CARD, CONVERSION = "README.md", "hysparse_report.json"
 
 
 def write_checkpoint(
@@ -28,11 +29,23 @@ def write_checkpoint(
     for weights in folder.glob("*.safetensors"):
         weights.chmod(readable)  # safetensors makes its files private
     copy_side_files(loaded.folder, folder)
-    for name in _KEPT:
-        if (loaded.folder / name).is_file():
-            shutil.copyfile(loaded.folder / name, folder / name)
+    if (loaded.folder / CONVERSION).is_file():
+        shutil.copyfile(loaded.folder / CONVERSION, folder / CONVERSION)
+    if (loaded.folder / CARD).is_file():
+        card = (loaded.folder / CARD).read_text(encoding="utf-8")
+        (folder / CARD).write_text(_trained(card, result), encoding="utf-8")
     (folder / RECIPE).write_text(_recipe(loaded.folder, options), encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def _trained(card: str, result: FinetuneResult) -> str:
+    """The source's model card, which says so where it was trained since its conversion."""
+    tokens = sum(step.tokens for step in result.steps)
+    teacher = f" with {result.teacher} as teacher" if result.teacher else ""
+    return card.replace(
+        UNTRAINED,
+        f"\n\nIt was trained on {tokens:,} tokens{teacher} since (`{REPORT}` has the losses).",
+    )
 
 
 def _recipe(source: Path, options: FinetuneOptions) -> str:

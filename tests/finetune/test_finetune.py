@@ -60,6 +60,11 @@ def test_any_checkpoint_learns_and_stays_what_it_is(
     assert ("convert" in sections) == (before.config["model_type"] == "hysparse")
     assert load_section(FinetuneOptions, out / "hysparse_recipe.yaml").learning_rate == 1e-2
     assert json.loads((out / "hysparse_finetune.json").read_text()) == result
+    if (checkpoint / "README.md").exists():
+        card = (out / "README.md").read_text()
+        assert "not been trained" not in card
+        sparse = bool(spec_of(before.config) and spec_of(before.config).layers.sparse_layers)
+        assert ("It was trained on" in card) == sparse
 
 
 def test_distillation_brings_the_model_closer_to_its_teacher(
@@ -279,3 +284,10 @@ def test_a_real_checkpoint_learns_from_real_text(
     run = hysparse("finetune", stories_260k, out, "--data", gutenberg_dev, *flags, "--json")
     losses = [step["next_token_loss"] for step in json.loads(run.stdout)["steps"]]
     assert sum(losses[-3:]) < sum(losses[:3]) - 0.5
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_ready_recipes_are_valid(recipe: Path) -> None:
+    assert load_section(FinetuneOptions, recipe).steps > 0
