@@ -40,8 +40,9 @@ def register_model(config_class: type[PreTrainedConfig], base: type[PreTrainedCo
     )
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     # transformers skips the family's weight conversion (fused experts) for classes of others
-    conversion = get_checkpoint_conversion_mapping(base.model_type)  # type: ignore[no-untyped-call]
-    if conversion is not None:
+    names = (stock.__name__, base.model_type)
+    found = map(get_checkpoint_conversion_mapping, names)
+    if conversion := next(filter(None, found), None):
         register_checkpoint_conversion_mapping(model_class.__name__, conversion, overwrite=True)
 
 
