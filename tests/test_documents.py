@@ -1,5 +1,6 @@
 import gzip
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ LINES = (
 def test_json_lines_compressed_or_not(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     raw = LINES.encode()
-    pack = {".xz": lzma.compress, ".gz": gzip.compress}.get(path.suffix, bytes)
-    path.write_bytes(pack(raw))
+    pack: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.compress, ".gz": gzip.compress}
+    path.write_bytes(pack.get(path.suffix, bytes)(raw))
     assert list(read_documents(path)) == ["one", "zwei ä"]
     assert list(read_documents(path, "body")) == ["1", "x", "2"]
 

@@ -72,7 +72,7 @@ class Trainer:
             left = seconds / (done - first) * (options.steps - done)
             on_step(Progress(self.history[-1], options.steps, tokens / seconds, left))
             every = options.save_every_steps
-            if every and done % every == 0 and done < options.steps:
+            if every and (done % every == 0 or done == options.steps):
                 save_state(out, self._state(checkpoint))
         self.model.eval()
         return time.perf_counter() - begun

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,12 +29,17 @@ def documents_file(tmp_path: Path) -> Path:
 def converted(tiny_original: Path, tmp_path: Path) -> Convert:
     """Converts the tiny checkpoint with small blocks; options as ``ConvertOptions`` takes them."""
 
-    def make(**options: object) -> Path:
+    def make(**options: Any) -> Path:
         from hysparse_cli.convert import execute, plan
         from hysparse_cli.recipe import ConvertOptions
         from hysparse_cli.source import locate
 
-        small = {"ratio": "1:2", "block_size": 4, "top_k_tokens": 16, "window_tokens": 8}
+        small: dict[str, Any] = {
+            "ratio": "1:2",
+            "block_size": 4,
+            "top_k_tokens": 16,
+            "window_tokens": 8,
+        }
         out = tmp_path / "converted"
         planned = plan(locate(str(tiny_original)), ConvertOptions(**{**small, **options}))
         execute(planned, out, lambda done, total: None)

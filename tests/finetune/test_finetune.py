@@ -63,7 +63,8 @@ def test_any_checkpoint_learns_and_stays_what_it_is(
     if (checkpoint / "README.md").exists():
         card = (out / "README.md").read_text()
         assert "not been trained" not in card
-        sparse = bool(spec_of(before.config) and spec_of(before.config).layers.sparse_layers)
+        spec = spec_of(before.config)
+        sparse = spec is not None and bool(spec.layers.sparse_layers)
         assert ("It was trained on" in card) == sparse
 
 

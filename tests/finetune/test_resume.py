@@ -157,6 +157,27 @@ def test_random_generators_and_masters_are_part_of_the_state(
         assert weights(out) == weights(tmp_path / "whole")
 
 
+def test_a_run_that_fails_to_write_its_checkpoint_need_not_train_again(
+    tiny_original: Path, documents_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_for(documents_file, None, steps=5)
+    out, name = tmp_path / "out", str(tiny_original)
+
+    def fail(*args: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hysparse_cli.finetune.run.write_checkpoint", fail)
+        with pytest.raises(Stopped):
+            finetune(name, out, options, lambda now: None)
+    resumed = options.model_copy(update={"resume": True})
+    result = finetune(name, out, resumed, lambda now: None)
+    assert result.resumed_at == len(result.steps) == 5
+    whole = finetune(name, tmp_path / "whole", options, lambda now: None)
+    assert weights(out) == weights(tmp_path / "whole")
+    assert result.steps == whole.steps
+
+
 def test_a_state_is_neither_lost_nor_mixed_up(
     tiny_original: Path, documents_file: Path, tmp_path: Path
 ) -> None:
