@@ -1,0 +1,78 @@
+"""The command line's boundary: exit codes, one line for each error, and a quick --help."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from hysparse_cli import cli
+from tests.conftest import Hysparse
+
+HELP_SECONDS = 0.5
+COMMAND = [sys.executable, "-c", "from hysparse_cli.cli import main; main()"]
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    check = (
+        "import sys; sys.argv = ['hysparse', '--help']\n"
+        "import atexit; from hysparse_cli.cli import main\n"
+        "heavy = {'torch', 'transformers', 'numpy'}\n"
+        "atexit.register(lambda: sys.stderr.write(str(heavy & set(sys.modules))))\n"
+        "main()"
+    )
+    run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "set()") and "convert" in run.stdout
+    # processor time: on an idle machine the time on the clock, on a busy one steadier than that
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([*COMMAND, "--help"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < HELP_SECONDS, times
+
+
+def test_wrong_usage_exits_2(hysparse: Hysparse) -> None:
+    assert hysparse("convert").exit_code == 2
+    assert hysparse("convert", "a", "b", "--no-such-flag").exit_code == 2
+    assert hysparse("no-such-command").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "line"),
+    [
+        (MemoryError(), 5, "hysparse: out of memory\n"),
+        (KeyboardInterrupt(), 130, "hysparse: interrupted; nothing half written is left\n"),
+        (
+            RuntimeError("two\nlines"),
+            1,
+            "hysparse: bug, please report it (traceback with --debug): RuntimeError: two lines\n",
+        ),
+    ],
+)
+def test_whatever_escapes_a_command_is_one_line(
+    hysparse: Hysparse,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    exit_code: int,
+    line: str,
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("hysparse_cli.source.locate", fail)
+    run = hysparse("convert", "a", "b")
+    assert (run.exit_code, run.stderr) == (exit_code, line)
+
+
+def test_a_traceback_is_shown_only_with_debug(hysparse: Hysparse) -> None:
+    quiet, loud = hysparse("convert", "./a", "b"), hysparse("--debug", "convert", "./a", "b")
+    assert quiet.exit_code == loud.exit_code == 7
+    assert "Traceback" not in quiet.stderr and "Traceback" in loud.stderr
+
+
+def test_a_bar_appears_on_a_terminal_only(capsys: pytest.CaptureFixture[str]) -> None:
+    with cli.progress("copying") as advance:
+        advance(1, 2)
+    assert capsys.readouterr() == ("", "")
