@@ -112,6 +112,7 @@ def _bar(what: str, amount: Any) -> Iterator[Callable[..., None]]:
         amount,
         TimeRemainingColumn(),
         console=console,
+        speed_estimate_period=600,  # a step may take minutes
         transient=True,
         disable=not console.is_terminal,
     )
