@@ -16,7 +16,8 @@ from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.outputs import Attention, FullAttention
 
 FULL_SLAB_ELEMENTS = 1 << 26  # logits of one slab
-GATHER_SLAB_ELEMENTS = 1 << 24  # gathered key elements of one slab
+# Gathered key elements of one slab: small ones stay in a CPU's cache, large ones fill a GPU.
+GATHER_SLAB_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 def full_attention(
@@ -172,7 +173,7 @@ def _attend_slots(
     """Attend each query to its own key slots; ``slots_of`` gives them and which are valid."""
     B, T, _, D = q.shape
     G = k.shape[2]
-    slab = max(1, GATHER_SLAB_ELEMENTS // max(1, B * G * num_slots * D))
+    slab = max(1, GATHER_SLAB_ELEMENTS[q.device.type] // max(1, B * G * num_slots * D))
     if torch.is_grad_enabled():  # the gather's backward must add up in full precision
         k, v = _accumulate(k), _accumulate(v)
     sinks = _per_group(sinks if sinks is None else _accumulate(sinks), G)

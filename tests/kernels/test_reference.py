@@ -80,7 +80,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def _slabs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "a slab a query":
         monkeypatch.setattr(reference, "FULL_SLAB_ELEMENTS", 1)
-        monkeypatch.setattr(reference, "GATHER_SLAB_ELEMENTS", 1)
+        monkeypatch.setitem(reference.GATHER_SLAB_ELEMENTS, "cpu", 1)
 
 
 def loops(case: Case, chosen: Tensor | None = None, window: int | None = None) -> Tensor:

@@ -95,7 +95,9 @@ def checkpointed(family: str) -> float:
 def neutral(family: str) -> float:
     """Whole context selected, own keys and values, gates and sinks neutral, against dense."""
     spec = HysparseSpec("FSSFS", block_size=8, top_k_tokens=64, window_tokens=6, sparse_kv="own")
-    dense, model, x = dense_model(family), hysparse_model(family, spec), ids()
+    # gemma2 caps its logits, which transformers' sdpa leaves out
+    options = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    dense, model, x = dense_model(family, **options), hysparse_model(family, spec), ids()
     model.load_state_dict(dense.state_dict(), strict=False)
     for name, parameter in model.named_parameters():
         if name.endswith("hysparse.gate.weight"):

@@ -66,9 +66,9 @@ def dense_config(family: str) -> Any:
     return AutoConfig.for_model(family, **COMMON | TINY[family], experts_implementation="eager")
 
 
-def dense_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
+def dense_model(family: str, **options: Any) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(dense_config(family)).to(dtype).eval()
+    return AutoModelForCausalLM.from_config(dense_config(family), **options).double().eval()
 
 
 def hysparse_model(family: str, spec: HysparseSpec, dtype: torch.dtype = torch.float64) -> Any:
