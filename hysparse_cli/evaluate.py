@@ -63,18 +63,18 @@ class Evaluation:
         from rich.table import Table
 
         table = Table(title="Evaluation", title_justify="left")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         names = short_names([score.checkpoint for score in self.scores])
         for name, score in zip(names, self.scores, strict=True):
             table.add_column(f"{name}\n{score.attention}", justify="right")
         losses = [score.loss for score in self.scores]
         if self.scores[0].loss is not None:
-            table.add_row("loss, nats per token", *(f"{x.nats_per_token:.4f}" for x in losses if x))
+            table.add_row("loss, nats/token", *(f"{x.nats_per_token:.4f}" for x in losses if x))
             table.add_row("perplexity", *(f"{x.perplexity:.2f}" for x in losses if x))
             table.add_row("tokens predicted", *(f"{x.tokens:,}" for x in losses if x))
             table.add_section()
         for cells in zip(*(score.retrieval for score in self.scores), strict=True):
-            name = f"{cells[0].form}, {cells[0].tokens} tokens"
+            name = f"{cells[0].form} at {cells[0].tokens:,}"
             table.add_row(
                 name, *(f"{c.accuracy:7.1%}  {c.correct:>3}/{c.questions}" for c in cells)
             )

@@ -87,7 +87,7 @@ class Inspection:
         from rich.table import Table
 
         table = Table(
-            title="Served layers: recall of their own top blocks, and mass of their own attention",
+            title="Served layers: recall of own top blocks, mass of own attention",
             title_justify="left",
             caption=self._caption(),
             caption_justify="left",
@@ -141,8 +141,8 @@ def _shade(value: float | None) -> tuple[str, str]:
 def _legend() -> "Text":
     from rich.text import Text
 
-    legend = Text("Queries run down, keys to the right; share that selects a block: ")
-    legend.append(*NEVER).append(" none ").append(*FAINT).append(" some")
+    legend = Text("Down: queries, right: keys. Selected: ")
+    legend.append(*NEVER).append(" never ").append(*FAINT).append(" some")
     for least, letter, style in reversed(SHADES):
         legend.append(" ").append(letter, style).append(f" >{least:.0%}")
     return legend
