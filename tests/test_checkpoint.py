@@ -26,7 +26,9 @@ def test_headers_say_where_every_tensor_lies(tiny_checkpoint: Path) -> None:
             stored = content[tensor.start : tensor.start + tensor.size]
             assert stored == values[tensor.name].numpy().tobytes()
             assert tensor.shape == tuple(values[tensor.name].shape) and tensor.dtype == "F32"
-    assert checkpoint.size == sum(path.stat().st_size for path in checkpoint.folder.glob("*.safetensors"))
+    assert checkpoint.size == sum(
+        path.stat().st_size for path in checkpoint.folder.glob("*.safetensors")
+    )
 
 
 def test_a_single_file_wins_over_an_index_as_in_transformers(tiny_checkpoint: Path) -> None:

@@ -160,7 +160,7 @@ def test_nan_weights_warn_and_are_counted(
 def test_every_family_converts_and_loads(
     hysparse: Hysparse, tmp_path: Path, model_type: str
 ) -> None:
-    tiny.dense_model(model_type, torch.float32).save_pretrained(tmp_path / "dense")
+    tiny.dense_model(model_type).float().save_pretrained(tmp_path / "dense")
     run = hysparse("convert", tmp_path / "dense", tmp_path / "out", *SMALL)
     assert (run.exit_code, run.stderr) == (0, "")
     model = load(tmp_path / "out")
