@@ -6,6 +6,7 @@ float32. Queries go through in slabs, recomputed in the backward, so that memory
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.outputs import Attention, FullAttention
 
-FULL_SLAB_ELEMENTS = 1 << 26  # logits of one slab
-# Gathered key elements of one slab: small ones stay in a CPU's cache, large ones fill a GPU.
-GATHER_SLAB_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+# Logits, or elements of gathered keys, of one slab: what a CPU caches, what fills a GPU.
+SLAB_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+SLAB_GATHERED = {"cpu": 1 << 22, "cuda": 1 << 28}
+# Gathering a key costs a few times what masking it out costs: gather where that leaves out most.
+GATHER_BELOW = 1 / 4
 
 
 def full_attention(
@@ -33,20 +36,24 @@ def full_attention(
     top_k_blocks: int,
     return_block_scores: bool,
 ) -> FullAttention:
-    B, T, H, _ = q.shape
-    slab = max(1, FULL_SLAB_ELEMENTS // max(1, B * H * k.shape[1]))
-    k, v, sinks = _accumulate(k), _accumulate(v), sinks if sinks is None else _accumulate(sinks)
+    @torch.no_grad()
+    def select(logits: Tensor, lse: Tensor, seen: KeyRange) -> tuple[Tensor, ...]:
+        if block_size is None:
+            return ()
+        log_scores = _log_block_scores(logits, lse, seen, block_size)
+        beyond = -(-k.shape[1] // block_size) - log_scores.shape[-1]
+        log_scores = F.pad(log_scores, (0, beyond), value=-torch.inf)
+        return log_scores, select_blocks(log_scores, top_k_blocks)
 
-    def attend(begin: int, end: int) -> tuple[Tensor, ...]:
-        part, seen = _accumulate(q[:, begin:end]), key_range.slab(begin, end)
-        return _full_slab(part, k, v, sinks, seen, scale, softcap, block_size, top_k_blocks)
-
-    out, lse, log_scores, block_idx = _in_slabs(attend, T, slab)
+    out, lse, *selection = _attend_masked(
+        q, k, v, key_range, None, scale=scale, sinks=sinks, softcap=softcap, also=select
+    )
+    log_scores, block_idx = selection or (None, None)
     return FullAttention(
-        out.to(q.dtype),
+        out,
         lse,
         block_idx if top_k_blocks else None,
-        log_scores.exp() if return_block_scores else None,
+        log_scores.exp() if log_scores is not None and return_block_scores else None,
     )
 
 
@@ -62,6 +69,9 @@ def block_sparse_attention(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Attention:
+    num_blocks = -(-k.shape[1] // block_size)
+    if block_idx.shape[-1] > num_blocks:  # no list is longer: leave pads out
+        block_idx = block_idx.sort(dim=-1, descending=True).values[..., :num_blocks]
     within = torch.arange(block_size, device=q.device)
 
     def slots_of(begin: int, end: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +82,20 @@ def block_sparse_attention(
         valid = seen.sees(slots) & (idx >= 0)[..., None]
         return slots.flatten(3), valid.flatten(3)
 
-    return _attend_slots(q, k, v, slots_of, block_idx.shape[-1] * block_size, scale, sinks, softcap)
+    def chosen(begin: int, end: int, slots: Tensor) -> Tensor:
+        first = key_range.slab(begin, end).first
+        block = (slots if first is None else slots - first[..., None]) // block_size
+        idx = block_idx[:, begin:end].long()
+        listed = idx.new_zeros(*idx.shape[:3], num_blocks + 1, dtype=torch.bool)
+        listed.scatter_(3, idx.where(idx >= 0, num_blocks), True)
+        block = block.clamp(0, num_blocks - 1)[:, :, None].expand(*idx.shape[:3], -1)
+        return listed.gather(3, block)
+
+    num_slots = block_idx.shape[-1] * block_size
+    options: dict[str, Any] = {"scale": scale, "sinks": sinks, "softcap": softcap}
+    if num_slots < GATHER_BELOW * k.shape[1]:
+        return _attend_gathered(q, k, v, slots_of, num_slots, **options)
+    return Attention(*_attend_masked(q, k, v, key_range, chosen, **options))
 
 
 def sliding_window_attention(
@@ -86,15 +109,20 @@ def sliding_window_attention(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Attention:
-    length = min(window_tokens, k.shape[1])
-    back = torch.arange(1 - length, 1, device=q.device)
+    back = torch.arange(1 - min(window_tokens, k.shape[1]), 1, device=q.device)
 
     def slots_of(begin: int, end: int) -> tuple[Tensor, Tensor]:
         seen = key_range.slab(begin, end)
         slots = (seen.last[..., None] + back)[:, :, None]  # [B, t, 1, window]
         return slots, seen.sees(slots)
 
-    return _attend_slots(q, k, v, slots_of, length, scale, sinks, softcap)
+    def recent(begin: int, end: int, slots: Tensor) -> Tensor:
+        return (slots > key_range.slab(begin, end).last[..., None] - window_tokens)[:, :, None]
+
+    options: dict[str, Any] = {"scale": scale, "sinks": sinks, "softcap": softcap}
+    if len(back) < GATHER_BELOW * k.shape[1]:
+        return _attend_gathered(q, k, v, slots_of, len(back), **options)
+    return Attention(*_attend_masked(q, k, v, key_range, recent, **options))
 
 
 def gated_sum(o_sparse: Tensor, o_window: Tensor, gate_logits: Tensor) -> Tensor:
@@ -117,31 +145,46 @@ def select_blocks(log_scores: Tensor, top_k_blocks: int) -> Tensor:
     return F.pad(chosen, (0, top_k_blocks - kept), value=-1)
 
 
-def _full_slab(
+def _attend_masked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sinks: Tensor | None,
     key_range: KeyRange,
+    allowed: Callable[[int, int, Tensor], Tensor] | None,
+    *,
     scale: float,
+    sinks: Tensor | None,
     softcap: float | None,
-    block_size: int | None,
-    top_k_blocks: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q_BTGRD = _split_groups(q, k.shape[2])
-    logits = torch.einsum("btgrd,bsgd->btgrs", q_BTGRD, k) * scale
-    slots = torch.arange(k.shape[1], device=q.device)
-    visible = key_range.sees(slots.expand(1, q.shape[1], -1))
-    logits = _cap(logits, softcap).masked_fill(~visible[:, :, None, None], -torch.inf)
-    probs, lse = _softmax(logits, _per_group(sinks, k.shape[2]))
-    out = torch.einsum("btgrs,bsgd->btgrd", probs, v).flatten(2, 3)
-    none = q.new_empty(*q.shape[:2], 0)
-    if block_size is None:
-        return out, lse.flatten(2), none, none
-    with torch.no_grad():
-        log_scores = _log_block_scores(logits, lse, key_range, block_size)
-        block_idx = select_blocks(log_scores, top_k_blocks) if top_k_blocks else none
-    return out, lse.flatten(2), log_scores, block_idx
+    also: Callable[[Tensor, Tensor, KeyRange], tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, ...]:
+    """Attend over all keys, those masked out that ``key_range`` hides or ``allowed`` leaves out.
+
+    Args:
+        allowed: (begin, end, slots (1, t, S)) -> (B, t, G or 1, S) bool.
+        also: what else to compute of the masked logits (B, t, G, R, S) and their lse.
+    Returns: out, lse, and what ``also`` gives.
+    """
+    B, T, H, _ = q.shape
+    S, G = k.shape[1:3]
+    k, v = _accumulate(k), _accumulate(v)
+    sinks = _per_group(sinks, G)
+
+    def attend(begin: int, end: int) -> tuple[Tensor, ...]:
+        seen = key_range.slab(begin, end)
+        stop = _stop_key(seen, S)
+        slots = torch.arange(stop, device=q.device).expand(1, end - begin, stop)
+        visible = seen.sees(slots)[:, :, None]
+        if allowed is not None:
+            visible = visible & allowed(begin, end, slots)
+        q_BTGRD = _split_groups(_accumulate(q[:, begin:end]) * scale, G)
+        logits = _cap(torch.einsum("btgrd,bsgd->btgrs", q_BTGRD, k[:, :stop]), softcap)
+        logits = logits.masked_fill(~visible[:, :, :, None], -torch.inf)
+        weights, total, lse = _softmax(logits, sinks)
+        out = torch.einsum("btgrs,bsgd->btgrd", weights, v[:, :stop]) / total
+        return out.flatten(2, 3), lse.flatten(2), *(also(logits, lse, seen) if also else ())
+
+    out, *rest = _in_slabs(attend, T, max(1, SLAB_LOGITS[q.device.type] // max(1, B * H * S)))
+    return out.to(q.dtype), *rest
 
 
 def _log_block_scores(logits: Tensor, lse: Tensor, key_range: KeyRange, block_size: int) -> Tensor:
@@ -160,12 +203,13 @@ def _log_block_scores(logits: Tensor, lse: Tensor, key_range: KeyRange, block_si
     return scores
 
 
-def _attend_slots(
+def _attend_gathered(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     slots_of: Callable[[int, int], tuple[Tensor, Tensor]],
     num_slots: int,
+    *,
     scale: float,
     sinks: Tensor | None,
     softcap: float | None,
@@ -173,19 +217,18 @@ def _attend_slots(
     """Attend each query to its own key slots; ``slots_of`` gives them and which are valid."""
     B, T, _, D = q.shape
     G = k.shape[2]
-    slab = max(1, GATHER_SLAB_ELEMENTS[q.device.type] // max(1, B * G * num_slots * D))
+    slab = max(1, SLAB_GATHERED[q.device.type] // max(1, B * G * num_slots * D))
     if torch.is_grad_enabled():  # the gather's backward must add up in full precision
         k, v = _accumulate(k), _accumulate(v)
-    sinks = _per_group(sinks if sinks is None else _accumulate(sinks), G)
+    sinks = _per_group(sinks, G)
 
     def attend(begin: int, end: int) -> tuple[Tensor, ...]:
-        q_BTGRD = _split_groups(_accumulate(q[:, begin:end]), G)
+        q_BTGRD = _split_groups(_accumulate(q[:, begin:end]) * scale, G)
         slots, valid = slots_of(begin, end)
-        keys, values = _gather(k, slots), _gather(v, slots)
-        logits = torch.einsum("btgrd,btgld->btgrl", q_BTGRD, keys) * scale
-        logits = _cap(logits, softcap).masked_fill(~valid[:, :, :, None], -torch.inf)
-        probs, lse = _softmax(logits, sinks)
-        out = torch.einsum("btgrl,btgld->btgrd", probs, values)
+        logits = _cap(torch.einsum("btgrd,btgld->btgrl", q_BTGRD, _gather(k, slots)), softcap)
+        logits = logits.masked_fill(~valid[:, :, :, None], -torch.inf)
+        weights, total, lse = _softmax(logits, sinks)
+        out = torch.einsum("btgrl,btgld->btgrd", weights, _gather(v, slots)) / total
         return out.flatten(2, 3), lse.flatten(2)
 
     out, lse = _in_slabs(attend, T, slab)
@@ -204,10 +247,11 @@ def _gather(x_BSGD: Tensor, slots: Tensor) -> Tensor:
     return _accumulate(F.embedding(row_of + slots.clamp(0, S - 1), rows))
 
 
-def _softmax(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax over the last dim with an optional sink in the denominator; a row of -inf gives 0.
+def _softmax(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over the last dim with an optional sink in the denominator.
 
-    Returns: the probabilities, and the log of the denominator, detached.
+    Returns: weights, and their total (..., 1) to divide by, 1 for a row of -inf, whose weights are
+        0; and the log of the softmax's denominator, detached, -inf for such a row.
     """
     peak = logits.detach().amax(-1, keepdim=True)
     if sinks is not None:
@@ -218,7 +262,14 @@ def _softmax(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     if sinks is not None:
         total = total + torch.exp(sinks - peak)
     lse = (peak + total.detach().log()).squeeze(-1)
-    return weights / total.masked_fill(total == 0, 1.0), lse
+    return weights, total.masked_fill(total == 0, 1.0), lse
+
+
+def _stop_key(seen: KeyRange, num_keys: int) -> int:
+    """The slot after the last that these queries may see, where that is known without a wait."""
+    if seen.last.device.type != "cpu" or torch.compiler.is_compiling():
+        return num_keys
+    return min(num_keys, int(seen.last.max()) + 1)
 
 
 def _in_slabs(
@@ -247,7 +298,7 @@ def _split_groups(q: Tensor, num_kv_heads: int) -> Tensor:
 
 def _per_group(sinks: Tensor | None, num_kv_heads: int) -> Tensor | None:
     """(H,) sinks as (G, R, 1), to stand beside logits (B, T, G, R, L)."""
-    return None if sinks is None else sinks.view(num_kv_heads, -1, 1)
+    return None if sinks is None else _accumulate(sinks).view(num_kv_heads, -1, 1)
 
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:

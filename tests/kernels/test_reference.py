@@ -76,11 +76,14 @@ def case(request: pytest.FixtureRequest) -> Case:
     return chosen
 
 
-@pytest.fixture(params=["one slab", "a slab a query"])
-def _slabs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "a slab a query":
-        monkeypatch.setattr(reference, "FULL_SLAB_ELEMENTS", 1)
-        monkeypatch.setitem(reference.GATHER_SLAB_ELEMENTS, "cpu", 1)
+@pytest.fixture(params=["masked", "gathered", "masked, a slab a query", "gathered, a slab a query"])
+def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's ways to the same result, whichever the sizes would choose."""
+    way, _, slabs = request.param.partition(", ")
+    monkeypatch.setattr(reference, "GATHER_BELOW", 0 if way == "masked" else 1e9)
+    if slabs:
+        monkeypatch.setitem(reference.SLAB_LOGITS, "cpu", 1)
+        monkeypatch.setitem(reference.SLAB_GATHERED, "cpu", 1)
 
 
 def loops(case: Case, chosen: Tensor | None = None, window: int | None = None) -> Tensor:
@@ -110,7 +113,7 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.usefixtures("_slabs")
+@pytest.mark.usefixtures("_ways")
 def test_full_attention_its_scores_and_its_selection(case: Case) -> None:
     q, k, v = case.inputs()
     result = ops.full_attention(
@@ -141,7 +144,7 @@ def test_full_attention_its_scores_and_its_selection(case: Case) -> None:
                 assert result.block_idx[b, t, g].tolist() == padded
 
 
-@pytest.mark.usefixtures("_slabs")
+@pytest.mark.usefixtures("_ways")
 def test_block_sparse_attention(case: Case) -> None:
     q, k, v = case.inputs()
     chosen = ops.full_attention(
@@ -153,7 +156,7 @@ def test_block_sparse_attention(case: Case) -> None:
     close(result.out, loops(case, chosen=chosen))
 
 
-@pytest.mark.usefixtures("_slabs")
+@pytest.mark.usefixtures("_ways")
 def test_sliding_window_attention(case: Case) -> None:
     q, k, v = case.inputs()
     result = ops.sliding_window_attention(q, k, v, window_tokens=WINDOW, **case.options())
@@ -176,7 +179,7 @@ def test_all_blocks_selected_is_full_attention_and_the_lse_agrees(case: Case) ->
     close(sparse.lse, full.lse)
 
 
-@pytest.mark.usefixtures("_slabs")
+@pytest.mark.usefixtures("_ways")
 @pytest.mark.parametrize("op", ["full", "sparse", "window"])
 @pytest.mark.parametrize("name", ["sinks", "softcap", "left padding", "packed", "holes"])
 def test_gradients_match_finite_differences(op: str, name: str) -> None:
