@@ -1,6 +1,7 @@
 """The weights of a converted checkpoint: the dense model's, and the new tensors beside them."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from hysparse_cli.checkpoint import SINGLE, StoredTensor
 from hysparse_cli.plan import Plan
 from hysparse_cli.recipe import bytes_of
 from hysparse_cli.shards import DTYPES, Piece, ShardWriter, pack
+from hysparse_cli.staging import sync
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,17 @@ def write_weights(plan: Plan, folder: Path, on_progress: Callable[[int, int], No
         on_progress(done, total)
 
     writer = ShardWriter(folder, advance)
-    with one_thread():
+    # the disk takes a finished shard in while the next one is copied
+    on_disk = []
+    with one_thread(), ThreadPoolExecutor(1) as syncer:
         for position, (name, pieces) in enumerate(zip(names, groups, strict=True)):
             if plan.repack or position >= len(sources):
                 writer.write(pieces, name)
             else:
                 writer.copy(sources[position], name)
+            on_disk.append(syncer.submit(sync, folder / name))
+    for shard in on_disk:
+        shard.result()
     weight_map = {
         piece.name: name for name, pieces in zip(names, groups, strict=True) for piece in pieces
     }
