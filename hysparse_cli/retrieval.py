@@ -27,13 +27,12 @@ MIN_SPARE, MAX_SPARE = 8, 64
 class Wording:
     """How a form plants a fact, asks for it up to the answer, and goes on after the answer.
 
-    Values are 7 digits or a word; with ``only_numbers``, 7 digits.
+    Values are 7 digits or a word, one as likely as the other.
     """
 
     fact: str
     question: str
     end: str
-    only_numbers: bool = False
 
 
 WORDINGS = {
@@ -48,7 +47,7 @@ WORDINGS = {
         " Question: what is the secret of {key}? Answer: the secret of {key} is ",
         ".",
     ),
-    "key-value": Wording("\n{key} = {value}\n", "\n{key} = ", "\n", only_numbers=True),
+    "key-value": Wording("\n{key} = {value}\n", "\n{key} = ", "\n"),
 }
 
 
@@ -119,7 +118,7 @@ def _planted(
     wording = WORDINGS[task.form]
     numbers = rng.sample(range(len(WORDS) ** 2), task.facts)
     keys = [f"{WORDS[n // len(WORDS)]}-{WORDS[n % len(WORDS)]}" for n in numbers]
-    pairs = [(key, _value(rng, only_numbers=wording.only_numbers)) for key in keys]
+    pairs = [(key, _value(rng)) for key in keys]
     facts = [wording.fact.format(key=key, value=value) for key, value in pairs]
     questions = _Text()
     for key, value in rng.sample(pairs, min(task.questions, len(pairs))):
@@ -231,8 +230,8 @@ def _listed(pairs: Sequence[tuple[str, str]]) -> str:
     return "".join(f"\n{key}: {value}" for key, value in pairs)
 
 
-def _value(rng: random.Random, *, only_numbers: bool = False) -> str:
-    if only_numbers or rng.random() < 0.5:
+def _value(rng: random.Random) -> str:
+    if rng.random() < 0.5:
         return str(rng.randrange(1_000_000, 10_000_000))
     return rng.choice(WORDS)
 
