@@ -1,5 +1,6 @@
-"""The demo's text and tokenizer, and what its model can do."""
+"""The demo's text and tokenizer, and what its model can do. ``make demo`` runs the demo itself."""
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -7,7 +8,11 @@ from typing import Any
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.conftest import Hysparse
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES, RECIPE = ROOT / "examples", ROOT / "recipes" / "demo.yaml"
+DENSE = EXAMPLES / "demo-model"
 LARGEST_MODEL = 4_000_000  # bytes
 
 
@@ -20,6 +25,27 @@ def recall_text() -> Any:
     finally:
         sys.path.remove(str(EXAMPLES))
     return recall_text
+
+
+def test_the_shipped_model_is_small() -> None:
+    assert sum(path.stat().st_size for path in DENSE.iterdir()) <= LARGEST_MODEL
+
+
+def test_the_shipped_model_recalls_from_512_tokens(hysparse: Hysparse) -> None:
+    size = ("--retrieval-tokens", 512, "--retrieval-samples", 5)
+    run = hysparse("eval", DENSE, "--recipe", RECIPE, *size, "--json")
+    assert run.exit_code == 0, run.stderr
+    (cell,) = json.loads(run.stdout)["checkpoints"][0]["retrieval"]
+    assert (cell["tokens"], cell["questions"]) == (512, 80)
+    assert cell["correct"] >= 0.95 * cell["questions"]
+
+
+def test_the_shipped_tokenizer_is_the_one_that_the_demo_builds(recall_text: Any) -> None:
+    shipped = json.loads((DENSE / "tokenizer.json").read_text())
+    assert (
+        shipped["model"]
+        == json.loads(recall_text.build_tokenizer().backend_tokenizer.to_str())["model"]
+    )
 
 
 def test_the_tokenizer_gives_any_text_back(recall_text: Any) -> None:
