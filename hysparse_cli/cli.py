@@ -7,14 +7,14 @@ transformers are imported inside the commands, so that ``--help`` answers at onc
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from hysparse_cli.errors import HysparseError, OutOfResources
+from hysparse_cli.progress import progress, stages, training_steps
 
 app = typer.Typer(
     name="hysparse",
@@ -36,7 +36,6 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda i
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 INTERRUPTED = 130
-PATIENCE_SECONDS = 2.0
 
 
 @app.callback()
@@ -59,72 +58,6 @@ def show(result: Any, as_json: bool) -> None:
 def warn(messages: Sequence[str]) -> None:
     for message in messages:
         sys.stderr.write(f"hysparse: warning: {message}\n")
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's stderr for work that takes a while; tell it bytes done and in all."""
-    from rich.progress import DownloadColumn
-
-    with _bar(what, DownloadColumn(binary_units=True)) as update:
-        yield lambda done, total: update(completed=done, total=total)
-
-
-@contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar as above for work in stages; tell it the stage, and the steps done and in all."""
-    from rich.progress import MofNCompleteColumn
-
-    with _bar("loading", MofNCompleteColumn()) as update:
-        yield lambda stage, done, total: update(description=stage, completed=done, total=total)
-
-
-@contextmanager
-def training_steps() -> Iterator[Callable[[Any], None]]:
-    """A bar for finetuning; where stderr is no terminal, a line now and then."""
-
-    with stages() as advance:
-
-        def on_step(now: Any) -> None:
-            number, speed = now.step.number, f"{now.tokens_per_second:,.0f} tokens/s"
-            loss = f"loss {now.step.loss:.4f}"
-            advance(f"{loss}, {speed}", number, now.num_steps)
-            due = number == now.num_steps or number % max(1, now.num_steps // 20) == 0
-            if due and not sys.stderr.isatty():
-                left = f"{now.seconds_left:,.0f} s left"
-                sys.stderr.write(f"step {number}/{now.num_steps}: {loss}, {speed}, {left}\n")
-
-        yield on_step
-
-
-@contextmanager
-def _bar(what: str, amount: Any) -> Iterator[Callable[..., None]]:
-    from functools import partial
-    from threading import Timer
-
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        amount,
-        TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=600,  # a step may take minutes
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task(what, total=None)
-    timer = Timer(PATIENCE_SECONDS, bar.start)
-    timer.start()
-    try:
-        yield partial(bar.update, task)
-    finally:
-        timer.cancel()
-        timer.join()
-        bar.stop()
 
 
 @app.command()
@@ -448,9 +381,15 @@ def main() -> None:
         if stop.code == INTERRUPTED:
             _fail("interrupted; nothing half written is left", INTERRUPTED)
         raise
-    except Exception as error:  # the one boundary: whatever arrives here is a bug
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        _fail(f"bug, please report it (traceback with --debug): {what}", 1)
+    finally:  # typer has set a hook of its own
+        if "--debug" not in sys.argv:
+            sys.excepthook = _report_bug
+
+
+def _report_bug(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """What Python calls, before it exits with 1, for whatever ``main`` does not expect."""
+    what = " ".join(f"{kind.__name__}: {error}".split())
+    sys.stderr.write(f"hysparse: bug, please report it (traceback with --debug): {what}\n")
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -11,6 +11,7 @@ from transformers import TextStreamer
 
 from hysparse_cli.devices import is_out_of_memory
 from hysparse_cli.errors import InvalidRecipe, OutOfResources
+from hysparse_cli.kv_cache import held_kv_bytes
 from hysparse_cli.loading import Loaded, load
 from hysparse_cli.recipe import GenerateOptions
 
@@ -101,16 +102,6 @@ def generate(checkpoint: str, options: GenerateOptions, on_text: OnText) -> Gene
     return Generation(
         checkpoint, text, prompt_tokens, len(new), seconds, held_kv_bytes(output.past_key_values)
     )
-
-
-def held_kv_bytes(cache: Any) -> int:
-    """Bytes of memory that a transformers Cache keeps alive for keys and values.
-
-    A view of a larger tensor counts as the whole of it; memory that tensors share counts once.
-    """
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class _Streamer(TextStreamer):

@@ -44,3 +44,14 @@ def kv_cache_of(config: Any) -> KvCache:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         windows=tuple(window if kind == "sliding_attention" else None for kind in types),
     )
+
+
+def held_kv_bytes(cache: Any) -> int:
+    """Bytes of memory that the keys and values of a transformers Cache keep alive.
+
+    Whole storages count: a short window that is a view of a long prefill keeps all of it. Memory
+    that tensors share counts once.
+    """
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

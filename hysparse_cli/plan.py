@@ -69,12 +69,26 @@ class Plan:
 
     @property
     def warnings(self) -> list[str]:
-        if not self.unused:
-            return []
-        return [
-            f"{len(self.unused)} tensors are kept but transformers will not load them, such as "
-            f"{self.unused[0]}"
-        ]
+        found = []
+        if self.widened:
+            layers = ", ".join(map(str, self.widened))
+            found.append(
+                f"full layers that see a sliding window only in the dense model: {layers}; they "
+                "attend to everything now, which longer contexts need healing for"
+            )
+        if self.unused:
+            found.append(
+                f"{len(self.unused)} tensors are kept but transformers will not load them, such "
+                f"as {self.unused[0]}"
+            )
+        return found
+
+    @property
+    def widened(self) -> tuple[int, ...]:
+        """Full layers whose dense counterparts have a sliding window."""
+        before, after = self.dense_kv.windows, self.kv.windows
+        both = enumerate(zip(before, after, strict=True))
+        return tuple(layer for layer, (old, new) in both if old is not None and new is None)
 
     def table(self) -> Any:
         """A row a layer, and the KV cache in total against the dense model's."""

@@ -44,11 +44,6 @@ def test_wrong_usage_exits_2(hysparse: Hysparse) -> None:
     [
         (MemoryError(), 5, "hysparse: out of memory\n"),
         (KeyboardInterrupt(), 130, "hysparse: interrupted; nothing half written is left\n"),
-        (
-            RuntimeError("two\nlines"),
-            1,
-            "hysparse: bug, please report it (traceback with --debug): RuntimeError: two lines\n",
-        ),
     ],
 )
 def test_whatever_escapes_a_command_is_one_line(
@@ -64,6 +59,24 @@ def test_whatever_escapes_a_command_is_one_line(
     monkeypatch.setattr("hysparse_cli.source.locate", fail)
     run = hysparse("convert", "a", "b")
     assert (run.exit_code, run.stderr) == (exit_code, line)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_bug_is_one_line_unless_debug_is_asked_for(debug: bool) -> None:
+    words = ["hysparse", *(["--debug"] if debug else []), "convert", "a", "b"]
+    program = f"""import sys
+from hysparse_cli import cli, source
+def fail(*args, **options):
+    raise RuntimeError("two\\nlines")
+source.locate = fail
+sys.argv = {words}
+cli.main()"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1 and ("Traceback" in run.stderr) is debug
+    line = "hysparse: bug, please report it (traceback with --debug): RuntimeError: two lines\n"
+    assert debug or run.stderr == line
 
 
 def test_a_traceback_is_shown_only_with_debug(hysparse: Hysparse) -> None:

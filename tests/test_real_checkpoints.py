@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hysparse_cli.bench.kv_bytes import allocated_kv_bytes
-from hysparse_cli.kv_cache import kv_cache_of
+from hysparse_cli.kv_cache import held_kv_bytes, kv_cache_of
 from tests.conftest import Hysparse
 
 TEXT = "One day, a little girl named Lily found a key in the garden. " * 20
@@ -66,4 +65,4 @@ def test_kv_bytes_of_a_real_cache_are_the_arithmetic(
     counted = kv_cache_of(model.config).total_bytes(300, itemsize=2)
     full_layers = {"1:3": 4, "1:11": 2}[ratio]
     by_hand = (full_layers * 300 + (12 - full_layers) * 127) * 2 * 2 * 64 * 2
-    assert allocated_kv_bytes(cache) == counted == by_hand
+    assert held_kv_bytes(cache) == counted == by_hand

@@ -8,12 +8,11 @@ import torch
 
 from hysparse_cli.bench.clock import Timing, timed
 from hysparse_cli.bench.decode import decode
-from hysparse_cli.bench.kv_bytes import allocated_kv_bytes
 from hysparse_cli.bench.prefill import prefill
 from hysparse_cli.bench.result import Bench, Measurement, Subject
 from hysparse_cli.devices import describe, is_out_of_memory
 from hysparse_cli.errors import InvalidRecipe
-from hysparse_cli.kv_cache import kv_cache_of
+from hysparse_cli.kv_cache import held_kv_bytes, kv_cache_of
 from hysparse_cli.loading import load
 from hysparse_cli.model.config import spec_of
 from hysparse_cli.recipe import BenchOptions
@@ -83,7 +82,7 @@ def _run_once(
     shape = (batch, context)
     input_ids = torch.randint(model.config.vocab_size, shape, generator=chance).to(model.device)
     start, ttft = timed(lambda: prefill(model, input_ids), model.device)
-    held = allocated_kv_bytes(start.cache)
+    held = held_kv_bytes(start.cache)
     _, latency = timed(lambda: decode(model, start, options.decode_tokens), model.device)
     return ttft, latency / options.decode_tokens, held
 
