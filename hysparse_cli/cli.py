@@ -115,22 +115,8 @@ def convert(
     from hysparse_cli.source import locate
     from hysparse_cli.staging import check_output
 
-    flags = {
-        "layout": layout,
-        "ratio": ratio,
-        "pattern": pattern,
-        "full_layers": integer_list("full_layers", full_layers),
-        "last_layer_full": last_layer_full,
-        "top_k_tokens": top_k_tokens,
-        "block_size": block_size,
-        "window_tokens": window_tokens,
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "overwrite": overwrite,
-    }
-    options = load_section(ConvertOptions, recipe, tuple(assignments or ()), flags)
+    flags = locals() | {"full_layers": integer_list("full_layers", full_layers)}
+    options = load_section(ConvertOptions, recipe, assignments, flags)
     source = locate(model, revision=options.revision, with_code=options.trust_remote_code)
     check_output(out, overwrite=options.overwrite, inputs=[source.folder])
     with progress("reading headers"):
@@ -172,17 +158,8 @@ def evaluate(
     """Measure loss on text and retrieval from the context, for several checkpoints at once."""
     from hysparse_cli.recipe import EvalOptions, integer_list, load_section
 
-    flags = {
-        "data": data,
-        "sequence_tokens": sequence_tokens,
-        "max_tokens": max_tokens,
-        "retrieval_tokens": integer_list("retrieval_tokens", retrieval_tokens),
-        "retrieval_samples": retrieval_samples,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "device": device,
-    }
-    options = load_section(EvalOptions, recipe, tuple(assignments or ()), flags)
+    flags = locals() | {"retrieval_tokens": integer_list("retrieval_tokens", retrieval_tokens)}
+    options = load_section(EvalOptions, recipe, assignments, flags)
     from hysparse_cli import evaluate as evaluation
 
     with stages() as advance:
@@ -223,21 +200,7 @@ def finetune(
     """Train a checkpoint on text, alone or towards a dense teacher."""
     from hysparse_cli.recipe import FinetuneOptions, load_section
 
-    flags = {
-        "data": data,
-        "teacher": teacher,
-        "steps": steps,
-        "batch_size": batch_size,
-        "sequence_tokens": sequence_tokens,
-        "learning_rate": learning_rate,
-        "trainable": trainable,
-        "save_every_steps": save_every_steps,
-        "resume": resume,
-        "dtype": dtype,
-        "device": device,
-        "overwrite": overwrite,
-    }
-    options = load_section(FinetuneOptions, recipe, tuple(assignments or ()), flags)
+    options = load_section(FinetuneOptions, recipe, assignments, locals())
     from hysparse_cli import finetune as finetuning
 
     with training_steps() as on_step:
@@ -265,15 +228,7 @@ def generate(
     """Continue a prompt."""
     from hysparse_cli.recipe import GenerateOptions, load_section
 
-    flags = {
-        "prompt": prompt,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "chat": chat,
-        "dtype": dtype,
-        "device": device,
-    }
-    options = load_section(GenerateOptions, recipe, tuple(assignments or ()), flags)
+    options = load_section(GenerateOptions, recipe, assignments, locals())
     if options.prompt is None and not sys.stdin.isatty():
         options = options.model_copy(update={"prompt": sys.stdin.read()})
     from hysparse_cli import generate as generation
@@ -317,16 +272,9 @@ def bench(
     """Measure KV cache bytes, time to first token and time per token."""
     from hysparse_cli.recipe import BenchOptions, integer_list, load_section
 
-    flags = {
-        "against": against or None,
-        "context": integer_list("context", context),
-        "batch": integer_list("batch", batch),
-        "decode_tokens": decode_tokens,
-        "repeat": repeat,
-        "dtype": dtype,
-        "device": device,
-    }
-    options = load_section(BenchOptions, recipe, tuple(assignments or ()), flags)
+    lists = {"context": integer_list("context", context), "batch": integer_list("batch", batch)}
+    flags = locals() | lists | {"against": against or None}
+    options = load_section(BenchOptions, recipe, assignments, flags)
     from hysparse_cli.bench import run
 
     with stages() as advance:
@@ -353,14 +301,7 @@ def inspect_topk(
     """Show which blocks the full layers select, and how well that fits the layers they serve."""
     from hysparse_cli.recipe import InspectOptions, load_section
 
-    flags = {
-        "prompt": prompt,
-        "data": data,
-        "max_tokens": max_tokens,
-        "dtype": dtype,
-        "device": device,
-    }
-    options = load_section(InspectOptions, recipe, tuple(assignments or ()), flags)
+    options = load_section(InspectOptions, recipe, assignments, locals())
     from hysparse_cli import inspect_topk as inspection
 
     show(inspection.inspect_topk(checkpoint, options), as_json)

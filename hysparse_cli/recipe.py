@@ -5,6 +5,7 @@ all options of a command; the common ones have a flag. Later sources win: recipe
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -224,7 +225,7 @@ S = TypeVar("S", bound=Section)
 def load_section(
     kind: type[S],
     recipe_path: Path | None = None,
-    assignments: tuple[str, ...] = (),
+    assignments: Sequence[str] | None = None,
     flags: dict[str, Any] | None = None,
 ) -> S:
     """The options of one command from a recipe, ``section.field=value`` assignments and flags.
@@ -233,16 +234,21 @@ def load_section(
         kind: the section's class, such as ``ConvertOptions``.
         recipe_path: a YAML file, or None.
         assignments: what ``--set`` was given; values are read as YAML.
-        flags: field -> value; None means the flag was not given.
+        flags: field -> value; None means the flag was not given. Other names are left alone, so
+            that a command can hand over its ``locals()``.
     Raises: InvalidRecipe naming every wrong field at once; UnreadableInput where the file
         can't be read.
     """
     name = next(n for n, field in Recipe.model_fields.items() if field.annotation is kind)
     source = str(recipe_path) if recipe_path else "options"
     data = _read_yaml(recipe_path) if recipe_path else {}
-    for assignment in assignments:
+    for assignment in assignments or ():
         _assign(data, assignment)
-    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    given = {
+        key: value
+        for key, value in (flags or {}).items()
+        if key in kind.model_fields and value is not None
+    }
     section = data.setdefault(name, {})
     if isinstance(section, dict):
         section.update(given)
