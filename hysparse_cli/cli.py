@@ -110,7 +110,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Turn a dense checkpoint into a HySparse one; the weights stay what they are."""
-    from hysparse_cli.convert import execute, plan
+    from hysparse_cli.convert.run import execute, plan
     from hysparse_cli.recipe import ConvertOptions, integer_list, load_section
     from hysparse_cli.source import locate
     from hysparse_cli.staging import check_output

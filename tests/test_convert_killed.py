@@ -18,7 +18,7 @@ from hysparse_cli.staging import recover, staged
 # slows writing down, so that a signal can land in the middle of it
 SLOW = """
 import sys, time
-import hysparse_cli.shards as shards
+import hysparse_cli.convert.shards as shards
 write = shards._write
 def slowly(target, data):
     time.sleep(0.01)

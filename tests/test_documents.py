@@ -55,7 +55,7 @@ def test_long_plain_text_comes_in_pieces_that_end_with_a_line(tmp_path: Path) ->
         ("a.txt", b"\xff\xfe\x00", r"a\.txt is not UTF-8 text"),
         ("a.jsonl.xz", b"not xz", r"a\.jsonl\.xz is corrupt"),
         ("a.jsonl.xz", lzma.compress(LINES.encode())[:-20], r"a\.jsonl\.xz is corrupt"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], r"a\.jsonl\.gz is corrupt"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], r"a\.jsonl\.gz is corrupt"),
         ("a.jsonl.gz", b"not gz", r"a\.jsonl\.gz is corrupt"),
     ],
 )

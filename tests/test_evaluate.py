@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hysparse_cli.documents import read_documents
-from hysparse_cli.evaluate import count_correct, evaluate
+from hysparse_cli.evaluate.perplexity import cut_windows, measure_loss
+from hysparse_cli.evaluate.retrieval import Context
+from hysparse_cli.evaluate.run import count_correct, evaluate
 from hysparse_cli.loading import load
 from hysparse_cli.logits import hidden_states, logits_of
-from hysparse_cli.perplexity import cut_windows, measure_loss
 from hysparse_cli.recipe import EvalOptions
-from hysparse_cli.retrieval import Context
 from tests.conftest import Hysparse
 from tests.model.tiny import TINY, VOCAB_SIZE, dense_model
 
@@ -67,7 +67,7 @@ def test_max_tokens_takes_windows_over_the_whole_text(tiny_original: Path) -> No
 def test_loss_equals_an_independent_computation(
     tiny_original: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hysparse_cli.perplexity.LOGITS_AT_ONCE", 64 * 5)
+    monkeypatch.setattr("hysparse_cli.evaluate.perplexity.LOGITS_AT_ONCE", 64 * 5)
     loaded = load(str(tiny_original), dtype="float32")
     windows = cut_windows([_words(70), _words(33, first=5)], loaded.tokenizer, 32, None)
     total, tokens = 0.0, 0
@@ -195,7 +195,7 @@ def test_stories_loss_at_each_length_of_stretch(
     windows = cut_windows([text], loaded.tokenizer, 512, None)
     losses: list[Any] = []
     for budget in (1, 1 << 26):
-        monkeypatch.setattr("hysparse_cli.perplexity.LOGITS_AT_ONCE", budget)
+        monkeypatch.setattr("hysparse_cli.evaluate.perplexity.LOGITS_AT_ONCE", budget)
         losses.append(measure_loss(loaded.model, windows, 1, _quiet).nats_per_token)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0] < 2.5

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hysparse_cli.inspect_report import FAINT, HIDDEN, NEVER, SHADES, _shade
-from hysparse_cli.selection_stats import LayerInputs, fit_of, selection_maps
+from hysparse_cli.inspect_topk.report import FAINT, HIDDEN, NEVER, SHADES, _shade
+from hysparse_cli.inspect_topk.stats import LayerInputs, fit_of, selection_maps
 from hysparse_kernels import causal, full_attention
 from tests.conftest import Hysparse
 
@@ -28,7 +28,7 @@ def converted(hysparse: Hysparse, tiny_original: Path, tmp_path: Path) -> Path:
 @pytest.fixture(params=[7, 512])
 def inputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LayerInputs:
     """A layer that reads the selection of another, seen through short slabs and a long one."""
-    monkeypatch.setattr("hysparse_cli.selection_stats.SLAB_QUERIES", request.param)
+    monkeypatch.setattr("hysparse_cli.inspect_topk.stats.SLAB_QUERIES", request.param)
     torch.manual_seed(0)
     key_range = causal(T, T, torch.device("cpu"))
     server = [3 * torch.randn(1, T, heads, D) for heads in (H, G, G)]

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hysparse_cli.errors import InvalidRecipe, UnsupportedModel
-from hysparse_cli.retrieval import FORMS, Form, Task, write_context
-from hysparse_cli.retrieval_words import WORDS
+from hysparse_cli.evaluate.retrieval import FORMS, Form, Task, write_context
+from hysparse_cli.evaluate.words import WORDS
 
 FILLERS = {
     "made up": None,

@@ -8,9 +8,9 @@ import yaml
 from transformers import GenerationConfig
 
 from hysparse_cli.checkpoint import copy_side_files
+from hysparse_cli.convert.model_card import UNTRAINED
 from hysparse_cli.finetune.result import FinetuneResult
 from hysparse_cli.loading import Loaded
-from hysparse_cli.model_card import UNTRAINED
 from hysparse_cli.recipe import FinetuneOptions, to_yaml
 
 RECIPE, REPORT = "hysparse_recipe.yaml", "hysparse_finetune.json"

@@ -30,7 +30,7 @@ def converted(tiny_original: Path, tmp_path: Path) -> Convert:
     """Converts the tiny checkpoint with small blocks; options as ``ConvertOptions`` takes them."""
 
     def make(**options: Any) -> Path:
-        from hysparse_cli.convert import execute, plan
+        from hysparse_cli.convert.run import execute, plan
         from hysparse_cli.recipe import ConvertOptions
         from hysparse_cli.source import locate
 

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from hysparse_cli.inspect_topk.stats import Fit
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.recipe import InspectOptions
-from hysparse_cli.selection_stats import Fit
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from hysparse_cli.encoded import Encoded, encode
 from hysparse_cli.errors import InvalidRecipe
-from hysparse_cli.retrieval_words import WORDS
+from hysparse_cli.evaluate.encoded import Encoded, encode
+from hysparse_cli.evaluate.words import WORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

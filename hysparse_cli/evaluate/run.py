@@ -11,12 +11,12 @@ import torch
 from hysparse_cli.devices import describe, is_out_of_memory
 from hysparse_cli.documents import read_documents
 from hysparse_cli.errors import InvalidRecipe, OutOfResources, UnreadableInput
+from hysparse_cli.evaluate.perplexity import Loss, cut_windows, measure_loss
+from hysparse_cli.evaluate.retrieval import Context, Task, write_context
 from hysparse_cli.loading import Loaded, load, short_names
 from hysparse_cli.logits import hidden_states, logits_of
 from hysparse_cli.model.config import spec_of
-from hysparse_cli.perplexity import Loss, cut_windows, measure_loss
 from hysparse_cli.recipe import EvalOptions
-from hysparse_cli.retrieval import Context, Task, write_context
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -24,6 +24,9 @@ from hysparse_cli.checkpoint import (
     read_config,
     side_files,
 )
+from hysparse_cli.convert.model_card import model_card
+from hysparse_cli.convert.plan import Plan, readable
+from hysparse_cli.convert.provenance import provenance
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput, UnsupportedModel
 from hysparse_cli.families import Family, check_rope, family_of
 from hysparse_cli.kv_cache import kv_cache_of
@@ -37,9 +40,6 @@ from hysparse_cli.model.config import (
     converted_config,
     new_tensors,
 )
-from hysparse_cli.model_card import model_card
-from hysparse_cli.plan import Plan, readable
-from hysparse_cli.provenance import provenance
 from hysparse_cli.recipe import ConvertOptions, bytes_of, to_yaml
 from hysparse_cli.source import Source
 from hysparse_cli.staging import require_free_space, staged
@@ -106,7 +106,7 @@ def plan(source: Source, options: ConvertOptions) -> Plan:
     where = str(source.folder / "config.json")
     family = _family(config, where, source, options.trust_remote_code)
     # transformers takes seconds to import: what can be refused without it was refused above
-    from hysparse_cli.shapes import check_tensors, dense_config, expected_tensors
+    from hysparse_cli.convert.shapes import check_tensors, dense_config, expected_tensors
 
     checkpoint = open_checkpoint(source.folder)
     dense = dense_config(config, where)
@@ -146,7 +146,7 @@ def execute(plan: Plan, out: Path, on_progress: OnProgress) -> Conversion:
         on_progress: is told bytes done and bytes in all.
     Raises: InvalidRecipe where ``out`` may not be written; OutOfResources where the disk is full.
     """
-    from hysparse_cli.weights import write_weights
+    from hysparse_cli.convert.weights import write_weights
 
     start = time.monotonic()
     folder, options = plan.checkpoint.folder, plan.options

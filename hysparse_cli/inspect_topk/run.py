@@ -9,12 +9,12 @@ from torch import Tensor
 from hysparse_cli.devices import describe, is_out_of_memory
 from hysparse_cli.documents import read_documents
 from hysparse_cli.errors import InvalidRecipe, OutOfResources, UnreadableInput
-from hysparse_cli.inspect_report import FullLayer, Inspection, ServedLayer
+from hysparse_cli.inspect_topk.report import FullLayer, Inspection, ServedLayer
+from hysparse_cli.inspect_topk.stats import LayerInputs, fit_of, selection_maps
 from hysparse_cli.loading import load
 from hysparse_cli.logits import hidden_states
 from hysparse_cli.model.config import HysparseSpec, spec_of
 from hysparse_cli.recipe import InspectOptions
-from hysparse_cli.selection_stats import LayerInputs, fit_of, selection_maps
 
 
 def inspect_topk(checkpoint: str, options: InspectOptions) -> Inspection:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from hysparse_cli.checkpoint import SINGLE, StoredTensor
-from hysparse_cli.plan import Plan
+from hysparse_cli.convert.plan import Plan
+from hysparse_cli.convert.shards import DTYPES, Piece, ShardWriter, pack
 from hysparse_cli.recipe import bytes_of
-from hysparse_cli.shards import DTYPES, Piece, ShardWriter, pack
 from hysparse_cli.staging import sync
 
 

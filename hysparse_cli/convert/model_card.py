@@ -2,7 +2,7 @@
 
 import yaml
 
-from hysparse_cli.plan import CONTEXTS, Plan, readable
+from hysparse_cli.convert.plan import CONTEXTS, Plan, readable
 
 _BODY = """\
 # {name}, retrofitted into HySparse

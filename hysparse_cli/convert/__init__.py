@@ -1,0 +1,1 @@
+"""``hysparse convert``: headers in, a plan, streamed tensors, a checkpoint."""
