@@ -16,8 +16,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## the main job on the model in examples/demo-model
 	$(BIN)/python examples/02_demo.py
 
-test: $(READY) ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4
+test: $(READY) ## every test that needs no GPU, without one
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu

@@ -1,12 +1,17 @@
 """Fixtures for all tests: the command line, a tiny checkpoint, and real ones where they are."""
 
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# A shell that starts a job in the background makes it ignore interrupts, and what it starts too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SAMPLE_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TINY_WORDS = ["<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(61))]
