@@ -109,7 +109,7 @@ def loops(case: Case, chosen: Tensor | None = None, window: int | None = None) -
     return out
 
 
-def close(a: Tensor, b: Tensor) -> None:
+def assert_agree(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
@@ -119,7 +119,7 @@ def test_full_attention_its_scores_and_its_selection(case: Case) -> None:
     result = ops.full_attention(
         q, k, v, block_size=BLOCK, top_k_blocks=TOP, return_block_scores=True, **case.options()
     )
-    close(result.out, loops(case))
+    assert_agree(result.out, loops(case))
     assert result.block_idx is not None and result.block_scores is not None
     sinks, group = case.sink_values(), case.heads // case.kv_heads
     for b in range(case.batch):
@@ -138,7 +138,9 @@ def test_full_attention_its_scores_and_its_selection(case: Case) -> None:
                     for h in range(g * group, (g + 1) * group)
                 ]
                 scores = block_scores(per_head, first, result.block_scores.shape[-1], BLOCK)
-                close(result.block_scores[b, t, g], torch.tensor(scores, dtype=torch.float64))
+                assert_agree(
+                    result.block_scores[b, t, g], torch.tensor(scores, dtype=torch.float64)
+                )
                 best = best_blocks(scores, {(i - first) // BLOCK for i in keys}, TOP)
                 padded = best + [-1] * (TOP - len(best))
                 assert result.block_idx[b, t, g].tolist() == padded
@@ -153,21 +155,21 @@ def test_block_sparse_attention(case: Case) -> None:
     assert chosen is not None
     chosen = chosen.flip(-1)  # pads anywhere, any order
     result = ops.block_sparse_attention(q, k, v, chosen, block_size=BLOCK, **case.options())
-    close(result.out, loops(case, chosen=chosen))
+    assert_agree(result.out, loops(case, chosen=chosen))
 
 
 @pytest.mark.usefixtures("_ways")
 def test_sliding_window_attention(case: Case) -> None:
     q, k, v = case.inputs()
     result = ops.sliding_window_attention(q, k, v, window_tokens=WINDOW, **case.options())
-    close(result.out, loops(case, window=WINDOW))
+    assert_agree(result.out, loops(case, window=WINDOW))
 
 
 def test_the_gated_sum_is_equations_8_and_9() -> None:
     o, w = torch.randn(2, 1, 2, 3, 5, dtype=torch.float64).unbind()
     logits = torch.randn(1, 2, 3, 2, dtype=torch.float64)
     gates = 1 / (1 + (-logits).exp())
-    close(ops.gated_sum(o, w, logits), gates[..., :1] * o + gates[..., 1:] * w)
+    assert_agree(ops.gated_sum(o, w, logits), gates[..., :1] * o + gates[..., 1:] * w)
 
 
 def test_all_blocks_selected_is_full_attention_and_the_lse_agrees(case: Case) -> None:
@@ -175,8 +177,8 @@ def test_all_blocks_selected_is_full_attention_and_the_lse_agrees(case: Case) ->
     full = ops.full_attention(q, k, v, **case.options())
     blocks = torch.arange(-(-case.tokens // BLOCK)).expand(*q.shape[:2], case.kv_heads, -1)
     sparse = ops.block_sparse_attention(q, k, v, blocks, block_size=BLOCK, **case.options())
-    close(sparse.out, full.out)
-    close(sparse.lse, full.lse)
+    assert_agree(sparse.out, full.out)
+    assert_agree(sparse.lse, full.lse)
 
 
 @pytest.mark.usefixtures("_ways")
