@@ -1,8 +1,12 @@
 """What the machine under a measurement is, and what it says when its memory is full."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from hysparse_cli.errors import OutOfResources
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -12,6 +16,20 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
         or "can't allocate memory" in str(error)
         or "CUDA out of memory" in str(error)
     )
+
+
+@contextmanager
+def out_of_memory_is(line: str) -> Iterator[None]:
+    """Let running out of memory inside the block be an OutOfResources that says ``line``.
+
+    Raises: OutOfResources.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfResources(line) from error
 
 
 def describe(device: torch.device) -> dict[str, str | int]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from hysparse_cli.devices import is_out_of_memory
-from hysparse_cli.errors import InvalidRecipe, OutOfResources
+from hysparse_cli.devices import out_of_memory_is
+from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.kv_cache import held_kv_bytes
 from hysparse_cli.loading import Loaded, load
 from hysparse_cli.recipe import GenerateOptions
@@ -78,7 +78,10 @@ def generate(checkpoint: str, options: GenerateOptions, on_text: OnText) -> Gene
     streams = options.num_beams == 1
     torch.manual_seed(options.seed)
     begun = time.perf_counter()
-    try:
+    with out_of_memory_is(
+        f"out of memory with {prompt_tokens} prompt tokens: shorten the prompt, use fewer beams or "
+        "dtype bfloat16"
+    ):
         output = loaded.model.generate(
             **{name: tensor.to(loaded.model.device) for name, tensor in tokens.items()},
             max_new_tokens=options.max_new_tokens,
@@ -87,13 +90,6 @@ def generate(checkpoint: str, options: GenerateOptions, on_text: OnText) -> Gene
             streamer=_Streamer(loaded.tokenizer, on_text) if streams else None,
             **_sampling(options),
         )
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfResources(
-            f"out of memory with {prompt_tokens} prompt tokens: shorten the prompt, use fewer "
-            "beams or dtype bfloat16"
-        ) from error
     seconds = time.perf_counter() - begun
     new = output.sequences[0, prompt_tokens:]
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)

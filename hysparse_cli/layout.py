@@ -50,6 +50,10 @@ class Layout:
         """The full attention layer whose keys, values and block indices ``layer`` reads."""
         return self.pattern.rindex(FULL, 0, layer + 1)
 
+    def serves(self, layer: int) -> bool:
+        """Whether ``layer`` is a full attention layer that sparse ones follow."""
+        return self.pattern[layer : layer + 2] == FULL + SPARSE
+
     def served_by(self, full_layer: int) -> tuple[int, ...]:
         """The sparse attention layers of the hybrid block that ``full_layer`` opens."""
         return tuple(i for i in self.sparse_layers if self.server_of(i) == full_layer)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from hysparse_cli.checkpoint import open_checkpoint
-from hysparse_cli.devices import is_out_of_memory
+from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.errors import OutOfResources, UnreadableInput, UnsupportedModel
 from hysparse_cli.model.config import spec_of
 from hysparse_cli.source import locate
@@ -41,15 +41,12 @@ def load(checkpoint: str, *, dtype: str = "auto", device: str = "auto") -> Loade
     auto: Any = AutoModelForCausalLM
     try:
         spec_of(config)
-        model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-        model.to(target)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfResources(
+        with out_of_memory_is(
             f"{checkpoint} does not fit on {target}: load it in bfloat16 (dtype), or on another "
             "device"
-        ) from None
+        ):
+            model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            model.to(target)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UnsupportedModel(f"{checkpoint} can't be loaded: {reason}") from None

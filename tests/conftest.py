@@ -110,3 +110,12 @@ def tiny_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_checkpoint(tiny_original: Path, tmp_path: Path) -> Path:
     """A copy of the tiny dense checkpoint, to do with as a test likes."""
     return Path(shutil.copytree(tiny_original, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def tiny_converted(hysparse: Hysparse, tiny_original: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint as FSSF, in blocks of 8, two of them selected, and a window of 8."""
+    out = tmp_path / "converted"
+    sizes = ("--block-size", 8, "--top-k-tokens", 16, "--window-tokens", 8)
+    assert hysparse("convert", tiny_original, out, "--pattern", "FSSF", *sizes).exit_code == 0
+    return out

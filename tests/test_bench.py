@@ -21,14 +21,6 @@ BEYOND_ANY_MEMORY = 10**14
 QUICK = ("--context", "24", "--decode-tokens", "2", "--repeat", "2")
 
 
-@pytest.fixture
-def converted(hysparse: Hysparse, tiny_original: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "converted"
-    sizes = ("--block-size", 8, "--top-k-tokens", 16, "--window-tokens", 8)
-    assert hysparse("convert", tiny_original, out, "--pattern", "FSSF", *sizes).exit_code == 0
-    return out
-
-
 def test_a_dense_cache_holds_what_arithmetic_says(tiny_original: Path) -> None:
     model = load(str(tiny_original)).model
     start = prefill(model, torch.arange(3, 43).view(2, 20))
@@ -67,7 +59,7 @@ def test_timing() -> None:
 
 
 def test_checkpoints_take_turns(
-    tiny_original: Path, converted: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_original: Path, tiny_converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns = []
     original = sweep._run_once
@@ -78,24 +70,24 @@ def test_checkpoints_take_turns(
 
     monkeypatch.setattr(sweep, "_run_once", spied)
     options = BenchOptions(against=[str(tiny_original)], context=[24], decode_tokens=1, repeat=2)
-    result = bench(str(converted), options)
+    result = bench(str(tiny_converted), options)
     assert turns == ["HySparseQwen3ForCausalLM", "Qwen3ForCausalLM"] * 3
     assert all(row.ttft is not None and len(row.ttft.samples_ms) == 2 for row in result.rows)
 
 
 def test_bench_shows_checkpoints_side_by_side(
-    hysparse: Hysparse, tiny_original: Path, converted: Path
+    hysparse: Hysparse, tiny_original: Path, tiny_converted: Path
 ) -> None:
-    run = hysparse("bench", converted, "--against", tiny_original, *QUICK, "--batch", "1,2")
+    run = hysparse("bench", tiny_converted, "--against", tiny_original, *QUICK, "--batch", "1,2")
     assert run.exit_code == 0, run.stderr
     assert "Measured on cpu" in run.stdout
     assert run.stdout.count("converted") == 3 and "kernels: reference" in run.stdout
 
 
 def test_json_says_what_it_was_measured_on(
-    hysparse: Hysparse, tiny_original: Path, converted: Path
+    hysparse: Hysparse, tiny_original: Path, tiny_converted: Path
 ) -> None:
-    args = ("bench", converted, "--against", tiny_original, *QUICK, "--dtype", "bfloat16")
+    args = ("bench", tiny_converted, "--against", tiny_original, *QUICK, "--dtype", "bfloat16")
     result = json.loads(hysparse(*args, "--json").stdout)
     assert result["schema"] == "hysparse.bench/1"
     assert result["environment"]["device"] == "cpu" and "torch" in result["environment"]

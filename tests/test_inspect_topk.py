@@ -17,14 +17,6 @@ T, H, G, D = 70, 4, 2, 8
 BLOCK, KEPT, WINDOW = 8, 3, 6
 
 
-@pytest.fixture
-def converted(hysparse: Hysparse, tiny_original: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "converted"
-    sizes = ("--block-size", 8, "--top-k-tokens", 16, "--window-tokens", 8)
-    assert hysparse("convert", tiny_original, out, "--pattern", "FSSF", *sizes).exit_code == 0
-    return out
-
-
 @pytest.fixture(params=[7, 512])
 def inputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LayerInputs:
     """A layer that reads the selection of another, seen through short slabs and a long one."""
@@ -132,10 +124,10 @@ def _prompt(words: int) -> str:
 
 
 def test_inspect_prints_maps_and_fits_at_80_columns(
-    hysparse: Hysparse, converted: Path, monkeypatch: pytest.MonkeyPatch
+    hysparse: Hysparse, tiny_converted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    run = hysparse("inspect-topk", converted, "--prompt", _prompt(60))
+    run = hysparse("inspect-topk", tiny_converted, "--prompt", _prompt(60))
     assert run.exit_code == 0, run.stderr
     lines = run.stdout.splitlines()
     assert max(map(len, lines)) <= 80
@@ -145,10 +137,10 @@ def test_inspect_prints_maps_and_fits_at_80_columns(
     assert "…" not in run.stdout
 
 
-def test_inspect_json(hysparse: Hysparse, converted: Path, tmp_path: Path) -> None:
+def test_inspect_json(hysparse: Hysparse, tiny_converted: Path, tmp_path: Path) -> None:
     data = tmp_path / "text.txt"
     data.write_text(_prompt(90))
-    args = ("inspect-topk", converted, "--data", data, "--max-tokens", 60, "--json")
+    args = ("inspect-topk", tiny_converted, "--data", data, "--max-tokens", 60, "--json")
     result: dict[str, Any] = json.loads(hysparse(*args).stdout)
     assert result["schema"] == "hysparse.inspect-topk/1" and result["tokens"] == 60
     (full,) = result["full_layers"]
@@ -159,8 +151,10 @@ def test_inspect_json(hysparse: Hysparse, converted: Path, tmp_path: Path) -> No
     assert 0 < first["fit"]["mass_selected"] <= 1 and 0 <= first["fit"]["recall"] <= 1
 
 
-def test_a_short_text_says_that_nothing_was_chosen(hysparse: Hysparse, converted: Path) -> None:
-    run = hysparse("inspect-topk", converted, "--prompt", _prompt(10))
+def test_a_short_text_says_that_nothing_was_chosen(
+    hysparse: Hysparse, tiny_converted: Path
+) -> None:
+    run = hysparse("inspect-topk", tiny_converted, "--prompt", _prompt(10))
     assert run.exit_code == 0 and "give a" in run.stdout
 
 
@@ -187,8 +181,8 @@ def test_layers_that_select_nothing_are_refused(
     ],
 )
 def test_errors_are_one_line(
-    hysparse: Hysparse, converted: Path, args: list[str], exit_code: int, message: str
+    hysparse: Hysparse, tiny_converted: Path, args: list[str], exit_code: int, message: str
 ) -> None:
-    run = hysparse("inspect-topk", converted, *args)
+    run = hysparse("inspect-topk", tiny_converted, *args)
     assert run.exit_code == exit_code
     assert message in run.stderr and run.stderr.count("\n") == 1 and run.stdout == ""

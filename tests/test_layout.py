@@ -22,6 +22,10 @@ def test_a_hybrid_block_is_a_full_layer_and_the_sparse_ones_after_it() -> None:
 def test_every_sparse_layer_is_served_by_one_full_layer_before_it(pattern: str) -> None:
     layout = Layout(pattern)
     served = [layer for full in layout.full_layers for layer in layout.served_by(full)]
+    for layer in range(len(layout)):
+        assert layout.serves(layer) is (
+            layer in layout.full_layers and bool(layout.served_by(layer))
+        )
     assert served == list(layout.sparse_layers)
     assert all(layout.server_of(layer) < layer for layer in layout.sparse_layers)
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hysparse_cli.devices import describe, is_out_of_memory
+from hysparse_cli.devices import describe, out_of_memory_is
 from hysparse_cli.documents import read_documents
-from hysparse_cli.errors import InvalidRecipe, OutOfResources, UnreadableInput
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.evaluate.perplexity import Loss, cut_windows, measure_loss
 from hysparse_cli.evaluate.retrieval import Context, Task, write_context
 from hysparse_cli.loading import Loaded, load, short_names
@@ -117,16 +117,11 @@ def evaluate(
             )
             _check_windows(cut, windows, checkpoint, checkpoints[0], options)
             windows = cut
-        try:
+        with out_of_memory_is(
+            f"out of memory while evaluating {checkpoint} on {loaded.model.device}: lower "
+            "eval.batch_size, eval.sequence_tokens or eval.retrieval_tokens, or use a smaller dtype"
+        ):
             scores.append(_score(checkpoint, loaded, windows, documents, options, on_progress))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfResources(
-                f"out of memory while evaluating {checkpoint} on {loaded.model.device}: lower "
-                "eval.batch_size, eval.sequence_tokens or eval.retrieval_tokens, or use a "
-                "smaller dtype"
-            ) from None
     return Evaluation(options, environment, scores)
 
 

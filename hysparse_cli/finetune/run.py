@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hysparse_cli.devices import is_out_of_memory
-from hysparse_cli.errors import InvalidRecipe, OutOfResources, UnreadableInput
+from hysparse_cli.devices import out_of_memory_is
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.finetune.data import PackedRows
 from hysparse_cli.finetune.output import write_checkpoint
 from hysparse_cli.finetune.result import FinetuneResult, Progress
@@ -38,7 +38,7 @@ def finetune(
     recover(out)
     check_output(out, overwrite=options.overwrite, inputs=[source])
     state = begin_or_resume(out, source, options)
-    try:
+    with out_of_memory_is(_out_of_memory(options)):
         torch.manual_seed(options.seed)
         loaded, teacher = _load_models(checkpoint, options)
         parameters = select_trainable(loaded.model, options.trainable)
@@ -52,10 +52,6 @@ def finetune(
             del state
         resumed_at = len(trainer.history)
         seconds = trainer.run(out, source, on_step)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfResources(_out_of_memory(options)) from error
     tokens = sum(step.tokens for step in trainer.history[resumed_at:])
     result = FinetuneResult(
         checkpoint=checkpoint,

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hysparse_cli.devices import describe, is_out_of_memory
+from hysparse_cli.devices import describe, out_of_memory_is
 from hysparse_cli.documents import read_documents
-from hysparse_cli.errors import InvalidRecipe, OutOfResources, UnreadableInput
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.inspect_topk.report import FullLayer, Inspection, ServedLayer
 from hysparse_cli.inspect_topk.stats import LayerInputs, fit_of, selection_maps
 from hysparse_cli.loading import load
@@ -32,17 +32,13 @@ def inspect_topk(checkpoint: str, options: InspectOptions) -> Inspection:
     longest = min(options.max_tokens, model.config.max_position_embeddings)
     ids = tokenizer(text, verbose=False)["input_ids"][:longest]
     watch = _Watch(spec, options.seed)
-    try:
-        with torch.no_grad():
-            input_ids = torch.tensor([ids], device=model.device)
-            hidden_states(model, input_ids, hysparse_observer=watch)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfResources(
-            f"out of memory on {model.device} with {len(ids)} tokens: lower "
-            "inspect_topk.max_tokens or use a smaller dtype"
-        ) from None
+    line = (
+        f"out of memory on {model.device} with {len(ids)} tokens: lower inspect_topk.max_tokens or "
+        "use a smaller dtype"
+    )
+    with out_of_memory_is(line), torch.no_grad():
+        input_ids = torch.tensor([ids], device=model.device)
+        hidden_states(model, input_ids, hysparse_observer=watch)
     return Inspection(
         checkpoint=checkpoint,
         options=options,

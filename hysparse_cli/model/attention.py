@@ -146,7 +146,7 @@ class _Call:
                 f"layer {self.layer} sees {self.k.shape[1]} keys where {state.num_keys} are cached "
                 "and new: gradient checkpointing drops a cache, use one or the other"
             )
-        serves = spec.num_branches == 2 and bool(spec.layers.served_by(self.layer))
+        serves = spec.num_branches == 2 and spec.layers.serves(self.layer)
         result = full_attention(
             self.q,
             self.k,

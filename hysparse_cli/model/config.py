@@ -6,6 +6,7 @@ family's config class (see registration.py).
 """
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from hysparse_cli.layout import Layout
@@ -40,7 +41,7 @@ class HysparseSpec:
     sparse_kv: Literal["shared", "own"] = "shared"
     version: int = FORMAT_VERSION
 
-    @property
+    @cached_property
     def layers(self) -> Layout:
         return Layout(self.pattern)
 
