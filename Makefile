@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-gpu lint bench clean
+.PHONY: demo test test-gpu sanitize lint bench clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -16,11 +16,15 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## the main job on the model in examples/demo-model
 	$(BIN)/python examples/02_demo.py
 
-test: $(READY) ## every test that needs no GPU, without one
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4
+test: $(READY) ## every test that needs no GPU, without one; kernels run in Triton's interpreter
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
+
+sanitize: $(READY) ## one pass of each kernel under CUDA's memory and race checkers
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m tests.kernels.triton.one_pass
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m tests.kernels.triton.one_pass
 
 lint: $(READY)
 	$(BIN)/ruff check .

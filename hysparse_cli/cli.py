@@ -13,7 +13,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hysparse_cli.errors import HysparseError, OutOfResources
+from hysparse_cli.errors import (
+    HysparseError,
+    InvalidRecipe,
+    OutOfResources,
+    QualityGateFailed,
+)
 from hysparse_cli.progress import progress, stages, training_steps
 
 app = typer.Typer(
@@ -58,6 +63,16 @@ def show(result: Any, as_json: bool) -> None:
 def warn(messages: Sequence[str]) -> None:
     for message in messages:
         sys.stderr.write(f"hysparse: warning: {message}\n")
+
+
+def not_for(command: str, flags: dict[str, Any], *names: str) -> None:
+    """Refuse the flags of these names, which ``command`` does not take.
+
+    Raises: InvalidRecipe.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in names if flags[name] is not None]
+    if given:
+        raise InvalidRecipe(f"{command} takes no {' and no '.join(given)}: leave that out")
 
 
 @app.command()
@@ -247,14 +262,17 @@ def generate(
 
 @app.command()
 def bench(
-    checkpoint: Annotated[str, typer.Argument(help="A folder or hub id.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A folder or hub id; or kernels: the attention ops by themselves.")
+    ],
     recipe: RecipeFile = None,
     assignments: Assignments = None,
     against: Annotated[
         list[str] | None, typer.Option(help="Another checkpoint to measure beside; may repeat.")
     ] = None,
     context: Annotated[
-        str | None, typer.Option(help="Prompt lengths in tokens.  [default: 512,2048]")
+        str | None,
+        typer.Option(help="Prompt lengths in tokens.  [default: 512,2048; kernels: 8k,32k]"),
     ] = None,
     batch: Annotated[
         str | None, typer.Option(help="Sequences at once, such as 1,16.  [default: 1]")
@@ -265,15 +283,44 @@ def bench(
     repeat: Annotated[
         int | None, typer.Option(help="Measured turns, after one to warm up.  [default: 3]")
     ] = None,
+    lists: Annotated[
+        str | None, typer.Option(help="kernels: a file of inspect-topk.  [default: made up]")
+    ] = None,
+    ops: Annotated[
+        str | None, typer.Option(help="kernels: full,block-sparse,window,layer,decode.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="kernels: a folder for kernels.json and kernels.md.")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure KV cache bytes, time to first token and time per token."""
-    from hysparse_cli.recipe import BenchOptions, integer_list, load_section
+    """Measure KV cache bytes, time to first token and time per token; or the kernels."""
+    from hysparse_cli.recipe import (
+        BenchOptions,
+        KernelBenchOptions,
+        integer_list,
+        load_section,
+        token_counts,
+    )
 
-    lists = {"context": integer_list("context", context), "batch": integer_list("batch", batch)}
-    flags = locals() | lists | {"against": against or None}
+    flags = locals() | {"context": token_counts("context", context), "against": against or None}
+    if checkpoint == "kernels":
+        not_for("bench kernels", flags, "against", "batch", "decode_tokens", "repeat")
+        flags["ops"] = ops.split(",") if ops else None
+        kernel_options = load_section(KernelBenchOptions, recipe, assignments, flags)
+        from hysparse_cli.bench.kernels.run import bench_kernels
+
+        with stages() as advance:
+            keep = (lambda so_far: so_far.write(output)) if output else (lambda so_far: None)
+            found = bench_kernels(kernel_options, advance, keep)
+        show(found, as_json)
+        if found.failures():
+            raise QualityGateFailed("; ".join(found.failures()))
+        return
+    not_for("bench of a checkpoint", flags, "lists", "ops", "output")
+    flags["batch"] = integer_list("batch", batch)
     options = load_section(BenchOptions, recipe, assignments, flags)
     from hysparse_cli.bench import run
 
@@ -293,6 +340,9 @@ def inspect_topk(
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Read at most so much of it.  [default: 2048]")
+    ] = None,
+    lists: Annotated[
+        str | None, typer.Option(help="A safetensors file to write the selected blocks to.")
     ] = None,
     dtype: Dtype = None,
     device: Device = None,

@@ -182,13 +182,66 @@ class BenchOptions(Section):
     seed: int = 0
 
 
+class KernelBenchOptions(Section):
+    """``hysparse bench kernels``: the attention ops on random inputs, beside other people's.
+
+    ``heads`` are query and KV heads; decode takes the first. ``lists`` is a file of ``inspect-topk
+    --lists``; where there is none, lists are made up. Each measurement takes about ``measure_ms``.
+    """
+
+    context: list[Positive] = [8192, 32768]
+    ops: Annotated[
+        list[Literal["full", "block-sparse", "window", "layer", "decode"]], Field(min_length=1)
+    ] = ["full", "block-sparse", "window", "layer", "decode"]
+    heads: Annotated[list[str], Field(min_length=1)] = ["32/8", "64/4"]
+    head_dim: Positive = 128
+    block_size: Positive = 64
+    top_k_tokens: Positive = 1024
+    window_tokens: Positive = 128
+    decode_batch: list[Positive] = [1, 16, 64]
+    decode_context: Annotated[int, Field(gt=1)] = 32768
+    lists: str | None = None
+    measure_ms: Positive = 100
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: Device = "auto"
+    seed: int = 0
+
+    @property
+    def head_counts(self) -> list[tuple[int, int]]:
+        """Query and KV heads."""
+        return [(int(h), int(g)) for h, g in (pair.split("/") for pair in self.heads)]
+
+    @property
+    def top_k_blocks(self) -> int:
+        """Blocks selected for each query."""
+        return self.top_k_tokens // self.block_size
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "KernelBenchOptions":
+        if self.top_k_tokens % self.block_size:
+            raise ValueError(
+                f"block_size {self.block_size} does not divide top_k_tokens {self.top_k_tokens}"
+            )
+        for pair in self.heads:
+            if not re.fullmatch(r"[1-9][0-9]*/[1-9][0-9]*", pair):
+                raise ValueError(f"heads {pair!r} are not query and KV heads such as 32/8")
+        for heads, kv_heads in self.head_counts:
+            if heads % kv_heads:
+                raise ValueError(f"heads {heads}/{kv_heads}: {kv_heads} does not divide {heads}")
+        return self
+
+
 class InspectOptions(Section):
-    """``hysparse inspect-topk``: one of ``prompt`` or ``data`` is what the model reads."""
+    """``hysparse inspect-topk``: one of ``prompt`` or ``data`` is what the model reads.
+
+    ``lists`` is a file to write: the selected blocks of every token, for ``bench kernels``.
+    """
 
     prompt: str | None = None
     data: str | None = None
     text_field: str = "text"
     max_tokens: Positive = 2048
+    lists: str | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
     seed: int = 0
@@ -215,6 +268,7 @@ class Recipe(Section):
     finetune: FinetuneOptions = FinetuneOptions()
     eval: EvalOptions = EvalOptions()
     bench: BenchOptions = BenchOptions()
+    bench_kernels: KernelBenchOptions = KernelBenchOptions()
     inspect_topk: InspectOptions = InspectOptions()
     generate: GenerateOptions = GenerateOptions()
 
@@ -273,6 +327,15 @@ def integer_list(field: str, text: str | None) -> list[int] | None:
         raise InvalidRecipe(
             f"{field} {text!r} is not a list of whole numbers such as 0,4,8,11"
         ) from None
+
+
+def token_counts(field: str, text: str | None) -> list[int] | None:
+    """As ``integer_list``, for lengths such as ``512,8k``: a k is 1024."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    plain = ",".join(re.sub(r"^([0-9]+)[kK]$", lambda n: str(1024 * int(n[1])), p) for p in parts)
+    return integer_list(field, plain)
 
 
 def to_yaml(section: Section) -> str:

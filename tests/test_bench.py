@@ -93,7 +93,8 @@ def test_json_says_what_it_was_measured_on(
     assert result["environment"]["device"] == "cpu" and "torch" in result["environment"]
     subject, against = result["subjects"]
     assert subject["dtype"] == "bfloat16" and subject["attention"] == "hysparse FSSF"
-    assert set(subject["kernels"].values()) == {"reference"} and against["kernels"] == {}
+    assert against["kernels"] == {} and len(subject["kernels"]) == 3
+    assert all(name.startswith("reference") for name in subject["kernels"].values())
     sparse, dense = result["rows"]
     assert dense["allocated_kv_bytes"] == dense["arithmetic_kv_bytes"]
     assert sparse["allocated_kv_bytes"] == sparse["arithmetic_kv_bytes"]

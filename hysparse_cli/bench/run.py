@@ -16,9 +16,9 @@ from hysparse_cli.kv_cache import held_kv_bytes, kv_cache_of
 from hysparse_cli.loading import load
 from hysparse_cli.model.config import spec_of
 from hysparse_cli.recipe import BenchOptions
-from hysparse_kernels.backends import choose
+from hysparse_kernels.backends import Call, choose
 
-OPS = ("full_attention", "block_sparse_attention", "sliding_window_attention", "gated_sum")
+OPS = ("full_attention", "sparse_layer_attention", "sliding_window_attention")
 
 Progress = Callable[[str, int, int], None]
 
@@ -111,7 +111,7 @@ def _subject(name: str, model: Any) -> Subject:
     like: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
     q = torch.empty(1, 1, model.config.num_attention_heads, heads.head_dim, **like)
     k = torch.empty(1, 1, heads.num_kv_heads, heads.head_dim, **like)
-    kernels = {op: str(choose(op, q, k)) for op in OPS}
+    kernels = {op: str(choose(Call(op, q, k, k, spec.block_size))) for op in OPS}
     return Subject(name, f"{spec.layout} {spec.pattern}", dtype, kernels)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hysparse_cli.devices import describe, out_of_memory_is
@@ -21,10 +22,12 @@ def inspect_topk(checkpoint: str, options: InspectOptions) -> Inspection:
     """Read one text and look at the selection of each full layer.
 
     The text is ``options.prompt``, or the first document of ``options.data``, cut to
-    ``options.max_tokens`` and to what the model reads.
+    ``options.max_tokens`` and to what the model reads. ``options.lists`` gets a tensor ``layer.N``
+    (T, G, K) int32 for each full layer that selects.
 
-    Raises: InvalidRecipe where there is not one text, or the checkpoint selects nothing;
-        UnreadableInput where the text is missing or empty; OutOfResources.
+    Raises: InvalidRecipe where there is not one text, the checkpoint selects nothing, or
+        ``options.lists`` can't be written; UnreadableInput where the text is missing or empty;
+        OutOfResources.
     """
     text = _text(options)
     model, tokenizer, _ = load(checkpoint, dtype=options.dtype, device=options.device)
@@ -39,6 +42,8 @@ def inspect_topk(checkpoint: str, options: InspectOptions) -> Inspection:
     with out_of_memory_is(line), torch.no_grad():
         input_ids = torch.tensor([ids], device=model.device)
         hidden_states(model, input_ids, hysparse_observer=watch)
+    if options.lists is not None:
+        _write_lists(Path(options.lists), watch.lists, spec.block_size)
     return Inspection(
         checkpoint=checkpoint,
         options=options,
@@ -55,6 +60,7 @@ class _Watch:
 
     def __init__(self, spec: HysparseSpec, seed: int):
         self.spec, self.seed = spec, seed
+        self.lists: dict[str, Tensor] = {}
         self.full_layers: list[FullLayer] = []
         self.served_layers: list[ServedLayer] = []
 
@@ -80,6 +86,7 @@ class _Watch:
         )
         if layer in layout.full_layers:
             serves = list(layout.served_by(layer))
+            self.lists[f"layer.{layer}"] = block_idx[0].int().cpu().contiguous()
             self.full_layers.append(FullLayer(layer, serves, selection_maps(inputs)))
             return
         assert gates is not None, "a served layer has gates"
@@ -88,6 +95,16 @@ class _Watch:
             layer, layout.server_of(layer), fit_of(inputs, self.seed), gate_sparse, gate_window
         )
         self.served_layers.append(served)
+
+
+def _write_lists(path: Path, lists: dict[str, Tensor], block_size: int) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        save_file(lists, path, metadata={"block_size": str(block_size)})
+    except (OSError, SafetensorError) as error:
+        what = " ".join(str(error).split())
+        raise InvalidRecipe(f"lists {path} can't be written: {what}") from None
 
 
 def _text(options: InspectOptions) -> str:

@@ -16,10 +16,9 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from hysparse_cli.model.config import HysparseSpec, new_tensors
 from hysparse_cli.model.state import ForwardState, Shared
 from hysparse_kernels import (
-    block_sparse_attention,
     full_attention,
-    gated_sum,
     sliding_window_attention,
+    sparse_layer_attention,
 )
 
 ATTENTION_NAME = "hysparse"
@@ -166,32 +165,35 @@ class _Call:
         state, spec = self.state, self.state.spec
         if self.own_sinks is not None:
             sinks = sinks + self.own_sinks[:, None]
-        window = sliding_window_attention(
-            self.q,
-            self.k,
-            self.v,
-            window_tokens=spec.window_tokens,
-            key_range=state.window_range,
-            sinks=sinks[:, -1],
-            **self.options,
-        )
         if gate_logits is None:
             self._observe(None, None)
-            return window.out
+            return sliding_window_attention(
+                self.q,
+                self.k,
+                self.v,
+                window_tokens=spec.window_tokens,
+                key_range=state.window_range,
+                sinks=sinks[:, 0],
+                **self.options,
+            ).out
         shared = state.shared_by(spec.layers.server_of(self.layer))
         k, v = (shared.k, shared.v) if spec.sparse_kv == "shared" else (self.k, self.v)
-        sparse = block_sparse_attention(
+        self._observe(shared.block_idx, gate_logits)
+        return sparse_layer_attention(
             self.q,
             k,
             v,
             shared.block_idx,
+            self.k,
+            self.v,
+            gate_logits,
             block_size=spec.block_size,
+            window_tokens=spec.window_tokens,
+            sinks=sinks,
             key_range=state.key_range,
-            sinks=sinks[:, 0],
+            window_range=state.window_range,
             **self.options,
         )
-        self._observe(shared.block_idx, gate_logits)
-        return gated_sum(sparse.out, window.out, gate_logits)
 
     def _observe(self, block_idx: Tensor | None, gate_logits: Tensor | None) -> None:
         if self.state.observer is None:

@@ -122,7 +122,9 @@ def forward_state(
         first, mask = _from_mask(mask.to(device), num_keys, T)
     elif position_ids is not None and past_key_values is None:
         first = _document_starts(position_ids)
-    whole = KeyRange(first, last, mask)
+    plain = first is None and mask is None
+    diagonal = offset if plain and not isinstance(offset, Tensor) else None
+    whole = KeyRange(first, last, mask, diagonal)
     window = _window(whole, window_keys, window_offset)
     return ForwardState(spec, num_keys, whole, window, observer)
 
@@ -163,4 +165,5 @@ def _window(whole: KeyRange, num_keys: int, offset: int) -> KeyRange:
     if mask is not None:
         mask = mask[:, offset : offset + num_keys]
         mask = torch.nn.functional.pad(mask, (0, num_keys - mask.shape[1]), value=True)
-    return KeyRange(first, whole.last - offset, mask)
+    diagonal = None if whole.diagonal is None else whole.diagonal - offset
+    return KeyRange(first, whole.last - offset, mask, diagonal)

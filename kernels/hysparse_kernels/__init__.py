@@ -6,6 +6,7 @@ from hysparse_kernels.ops import (
     full_attention,
     gated_sum,
     sliding_window_attention,
+    sparse_layer_attention,
 )
 from hysparse_kernels.outputs import Attention, FullAttention
 
@@ -18,4 +19,5 @@ __all__ = [
     "full_attention",
     "gated_sum",
     "sliding_window_attention",
+    "sparse_layer_attention",
 ]

@@ -4,25 +4,44 @@ A backend is a module with the functions of ``reference.py`` and one row here, w
 gives the reason why it can't run a call, or None.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from hysparse_kernels import reference
 
 ENVIRONMENT_VARIABLE = "HYSPARSE_BACKEND"
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend may refuse: an op's name, such as "full_attention", and its sizes.
+
+    q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv). block_size: None where the op has none.
+    """
+
+    op: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block_size: int | None = None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """name: as in ``HYSPARSE_BACKEND``. refuses(op, q, k): the reason it can't, or None."""
+    """name: as in ``HYSPARSE_BACKEND``. refuses(call): the reason it can't run it, or None."""
 
     name: str
     module: ModuleType
-    refuses: Callable[[str, Tensor, Tensor], str | None]
+    refuses: Callable[[Call], str | None]
 
 
 @dataclass(frozen=True)
@@ -37,15 +56,23 @@ class Choice:
         return f"{self.backend.name}{reasons}"
 
 
-BACKENDS = (Backend("reference", reference, lambda op, q, k: None),)
+REFERENCE = Backend("reference", reference, lambda call: None)
+if find_spec("triton"):
+    from hysparse_kernels.triton import backend as triton_backend
+
+    BACKENDS: tuple[Backend, ...] = (
+        Backend("triton", triton_backend, triton_backend.refuses),
+        REFERENCE,
+    )
+else:
+    BACKENDS = (REFERENCE,)
 
 
-def choose(op: str, q: Tensor, k: Tensor) -> Choice:
+def choose(call: Call) -> Choice:
     """The first backend of the table that takes this call, or the one the environment names.
 
-    Args:
-        op: the op's name, such as "full_attention".
-        q: (B, T, H, D). k: (B, S, G, D).
+    Logs a warning, once, where a backend refuses a call on a GPU.
+
     Raises: ValueError where ``HYSPARSE_BACKEND`` names an unknown backend, or one that refuses.
     """
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -56,8 +83,18 @@ def choose(op: str, q: Tensor, k: Tensor) -> Choice:
     for backend in BACKENDS:
         if forced and backend.name != forced:
             continue
-        reason = backend.refuses(op, q, k)
+        reason = backend.refuses(call)
         if reason is None:
             return Choice(backend, refusals)
         refusals[backend.name] = reason
-    raise ValueError(f"no backend runs {op}: {'; '.join(f'{n}: {w}' for n, w in refusals.items())}")
+        if call.q.device.type == "cuda":
+            _say_once(backend.name, call.op, reason)
+    raise ValueError(
+        f"no backend runs {call.op}: {'; '.join(f'{n}: {w}' for n, w in refusals.items())}"
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def _say_once(name: str, op: str, reason: str) -> None:
+    LOGGER.warning("%s does not run %s, which will be slower: %s", name, op, reason)

@@ -15,16 +15,20 @@ class KeyRange(NamedTuple):
     first: (B, T) or (1, T) int64; None where it is 0 throughout.
     last: (B, T) or (1, T) int64; the query's own slot, so that attention is causal.
     mask: (B, S) bool, False for a slot no query may see; None where all are real.
+    diagonal: d where query t sees exactly slots 0 .. d + t and the host knows it, so that a kernel
+        may rely on it without a wait; else None.
     """
 
     first: Tensor | None
     last: Tensor
     mask: Tensor | None = None
+    diagonal: int | None = None
 
     def slab(self, begin: int, end: int) -> "KeyRange":
         """The range of queries ``begin`` to ``end``."""
         first = None if self.first is None else self.first[:, begin:end]
-        return KeyRange(first, self.last[:, begin:end], self.mask)
+        diagonal = None if self.diagonal is None else self.diagonal + begin
+        return KeyRange(first, self.last[:, begin:end], self.mask, diagonal)
 
     def sees(self, slots: Tensor) -> Tensor:
         """Whether each query may see ``slots``: (B, T, ...) int64, in or out of the key tensor.
@@ -45,4 +49,4 @@ class KeyRange(NamedTuple):
 def causal(num_queries: int, num_keys: int, device: torch.device) -> KeyRange:
     """The plain causal range: the queries are the last ``num_queries`` of ``num_keys`` tokens."""
     slots = torch.arange(num_keys - num_queries, num_keys, device=device)
-    return KeyRange(None, slots[None])
+    return KeyRange(None, slots[None], None, num_keys - num_queries)

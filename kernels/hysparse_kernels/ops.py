@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from hysparse_kernels.backends import choose
+from hysparse_kernels.backends import Call, choose
 from hysparse_kernels.key_range import KeyRange, causal
 from hysparse_kernels.outputs import Attention, FullAttention
 
@@ -42,7 +42,7 @@ def full_attention(
     if block_size is None and (top_k_blocks or return_block_scores):
         raise ValueError("top_k_blocks and return_block_scores need block_size")
     _check_positive(block_size=block_size)
-    backend = choose("full_attention", q, k).backend.module
+    backend = choose(Call("full_attention", q, k, v, block_size)).backend.module
     result: FullAttention = backend.full_attention(
         q,
         k,
@@ -84,12 +84,8 @@ def block_sparse_attention(
     """
     _check(q, k, v, sinks)
     _check_positive(block_size=block_size)
-    if block_idx.shape[:-1] != (q.shape[0], q.shape[1], k.shape[2]):
-        raise ValueError(
-            f"block_idx has shape {tuple(block_idx.shape)}, expected "
-            f"(B, T, G, K) = ({q.shape[0]}, {q.shape[1]}, {k.shape[2]}, K)"
-        )
-    backend = choose("block_sparse_attention", q, k).backend.module
+    _check_lists(q, k, block_idx)
+    backend = choose(Call("block_sparse_attention", q, k, v, block_size)).backend.module
     result: Attention = backend.block_sparse_attention(
         q,
         k,
@@ -125,7 +121,7 @@ def sliding_window_attention(
     """
     _check(q, k, v, sinks)
     _check_positive(window_tokens=window_tokens)
-    backend = choose("sliding_window_attention", q, k).backend.module
+    backend = choose(Call("sliding_window_attention", q, k, v)).backend.module
     result: Attention = backend.sliding_window_attention(
         q,
         k,
@@ -154,9 +150,83 @@ def gated_sum(o_sparse: Tensor, o_window: Tensor, gate_logits: Tensor) -> Tensor
             f"o_sparse {tuple(o_sparse.shape)}, o_window {tuple(o_window.shape)} and gate_logits "
             f"{tuple(gate_logits.shape)} do not fit (B, T, H, D), (B, T, H, D), (B, T, H, 2)"
         )
-    backend = choose("gated_sum", o_sparse, o_window).backend.module
+    backend = choose(Call("gated_sum", o_sparse, o_window, o_window)).backend.module
     result: Tensor = backend.gated_sum(o_sparse, o_window, gate_logits)
     return result
+
+
+def sparse_layer_attention(
+    q: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    block_idx: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    gate_logits: Tensor,
+    *,
+    block_size: int,
+    window_tokens: int,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    key_range: KeyRange | None = None,
+    window_range: KeyRange | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """A sparse attention layer: both branches and their gated sum (HySparse eq. 4-9), fused.
+
+    The same as ``block_sparse_attention`` over the shared keys, ``sliding_window_attention`` over
+    the layer's own, and ``gated_sum``, without extra passes over the branches' outputs.
+
+    Args:
+        q: (B, T, H, D). shared_k: (B, S, G, D), shared_v: (B, S, G, Dv), of the full layer.
+        block_idx: (B, T, G, K), as in ``block_sparse_attention``.
+        window_k: (B, S', G, D), window_v: (B, S', G, Dv), the layer's own.
+        gate_logits: (B, T, H, 2), block-sparse branch first.
+        sinks: (H, 2) logits added to the branches' denominators, or None.
+        key_range: over the shared keys. window_range: over the layer's own.
+        scale, softcap: as in ``full_attention``.
+    Returns: (B, T, H, Dv) in q's dtype.
+    Raises: ValueError on a shape or dtype that does not fit.
+    """
+    by_branch = (None, None) if sinks is None else sinks.unbind(-1)
+    for keys, values, sink in (
+        (shared_k, shared_v, by_branch[0]),
+        (window_k, window_v, by_branch[1]),
+    ):
+        _check(q, keys, values, sink)
+    _check_lists(q, shared_k, block_idx)
+    _check_positive(block_size=block_size, window_tokens=window_tokens)
+    if gate_logits.shape != (*q.shape[:3], 2):
+        raise ValueError(
+            f"gate_logits has shape {tuple(gate_logits.shape)}, expected "
+            f"(B, T, H, 2) = {(*q.shape[:3], 2)}"
+        )
+    call = Call("sparse_layer_attention", q, shared_k, shared_v, block_size)
+    result: Tensor = choose(call).backend.module.sparse_layer_attention(
+        q,
+        shared_k,
+        shared_v,
+        block_idx,
+        window_k,
+        window_v,
+        gate_logits,
+        key_range or causal(q.shape[1], shared_k.shape[1], q.device),
+        window_range or causal(q.shape[1], window_k.shape[1], q.device),
+        block_size=block_size,
+        window_tokens=window_tokens,
+        scale=_scale(scale, q),
+        sinks=sinks,
+        softcap=softcap,
+    )
+    return result
+
+
+def _check_lists(q: Tensor, k: Tensor, block_idx: Tensor) -> None:
+    if block_idx.shape[:-1] != (q.shape[0], q.shape[1], k.shape[2]):
+        raise ValueError(
+            f"block_idx has shape {tuple(block_idx.shape)}, expected "
+            f"(B, T, G, K) = ({q.shape[0]}, {q.shape[1]}, {k.shape[2]}, K)"
+        )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:

@@ -131,6 +131,41 @@ def gated_sum(o_sparse: Tensor, o_window: Tensor, gate_logits: Tensor) -> Tensor
     return total.to(o_sparse.dtype)
 
 
+def sparse_layer_attention(
+    q: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    block_idx: Tensor,
+    window_k: Tensor,
+    window_v: Tensor,
+    gate_logits: Tensor,
+    key_range: KeyRange,
+    window_range: KeyRange,
+    *,
+    block_size: int,
+    window_tokens: int,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    of_sparse, of_window = (None, None) if sinks is None else sinks.unbind(-1)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    sparse = block_sparse_attention(
+        q,
+        shared_k,
+        shared_v,
+        block_idx,
+        key_range,
+        block_size=block_size,
+        sinks=of_sparse,
+        **options,
+    )
+    window = sliding_window_attention(
+        q, window_k, window_v, window_range, window_tokens=window_tokens, sinks=of_window, **options
+    )
+    return gated_sum(sparse.out, window.out, gate_logits)
+
+
 def select_blocks(log_scores: Tensor, top_k_blocks: int) -> Tensor:
     """The ``top_k_blocks`` best blocks of ``log_scores`` (..., N), ascending, -1 pads at the end.
 

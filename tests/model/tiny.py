@@ -61,9 +61,10 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def dense_config(family: str) -> Any:
+def dense_config(family: str, **changes: Any) -> Any:
+    fields = COMMON | TINY[family] | changes
     # the grouped matrix product of fused experts takes no float64
-    return AutoConfig.for_model(family, **COMMON | TINY[family], experts_implementation="eager")
+    return AutoConfig.for_model(family, **fields, experts_implementation="eager")
 
 
 def dense_model(family: str, **options: Any) -> Any:
@@ -71,10 +72,13 @@ def dense_model(family: str, **options: Any) -> Any:
     return AutoModelForCausalLM.from_config(dense_config(family), **options).double().eval()
 
 
-def hysparse_model(family: str, spec: HysparseSpec, dtype: torch.dtype = torch.float64) -> Any:
+def hysparse_model(
+    family: str, spec: HysparseSpec, dtype: torch.dtype = torch.float64, **changes: Any
+) -> Any:
     """A HySparse model with random weights, gates and sinks of its own."""
     torch.manual_seed(0)
-    config = HySparseConfig.from_dict(converted_config(dense_config(family).to_dict(), spec))
+    dense = dense_config(family, **changes).to_dict()
+    config = HySparseConfig.from_dict(converted_config(dense, spec))
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for name, parameter in model.named_parameters():
         if ".hysparse." in name:

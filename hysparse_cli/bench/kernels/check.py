@@ -1,0 +1,168 @@
+"""Whether a kernel is right, on a slice of the very inputs it is timed on.
+
+By the law of ``hysparse_kernels.law``.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hysparse_kernels import KeyRange
+from hysparse_kernels.backends import ENVIRONMENT_VARIABLE
+from hysparse_kernels.law import FACTOR, Error, judge
+
+CHECKED_QUERIES = 64
+CHECKED_SEQUENCES = 2
+PER_QUERY = ("q", "gate_logits", "block_idx")
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One op as it is timed: ``call`` by whatever backend is chosen, ``plain`` in eager torch.
+
+    Both take the inputs and what each query sees; ``call`` may take options of the op too. An input
+    is by query (``PER_QUERY``), by key, or without a batch, such as sinks.
+
+    name: of the op in ``hysparse_kernels``. block_size: None where it has no blocks.
+    """
+
+    name: str
+    inputs: Tensors
+    seen: KeyRange
+    call: Callable[..., Any]
+    plain: Callable[[Tensors, KeyRange], Tensor]
+    block_size: int | None = None
+
+
+def check_forward(operation: Operation) -> list[Error]:
+    """The output at queries spread over the text, and what was selected there."""
+    queries, device = operation.inputs["q"].shape[1], operation.inputs["q"].device
+    rows = torch.linspace(0, queries - 1, min(CHECKED_QUERIES, queries), device=device).long()
+    with torch.no_grad():
+        result = operation.call(operation.inputs, operation.seen)
+        ours = output_of(result)[:CHECKED_SEQUENCES, rows]
+        chosen = getattr(result, "block_idx", None)
+        inputs, seen = _at(operation, rows)
+        plain = operation.plain(inputs, seen)
+        with _reference():
+            truth = operation.call(_wide(inputs), seen)
+        errors = list(judge("out", ours, plain, output_of(truth)))
+        if chosen is not None:
+            chosen = chosen[:CHECKED_SEQUENCES, rows]
+            errors.append(_selection_error(operation, inputs, seen, chosen))
+    return errors
+
+
+def check_backward(operation: Operation, grad_out: Tensor) -> list[Error]:
+    """The gradients at the last queries and keys: no others reach those keys."""
+    last = min(CHECKED_QUERIES, operation.inputs["q"].shape[1])
+    rows = torch.arange(operation.inputs["q"].shape[1], device=grad_out.device)[-last:]
+    inputs, seen = _at(operation, rows)
+    grad_rows = grad_out[:CHECKED_SEQUENCES, rows]
+    ours = gradients(lambda x: operation.call(x, operation.seen), operation.inputs, grad_out)
+    plain = gradients(lambda x: operation.plain(x, seen), inputs, grad_rows)
+    with _reference():
+        truth = gradients(lambda x: operation.call(x, seen), _wide(inputs), grad_rows.double())
+
+    errors: list[Error] = []
+    for name in truth:
+        if operation.inputs[name].dim() == 4:  # a sink's gradient is of all queries
+            slices = (x[name][:CHECKED_SEQUENCES, -last:] for x in (ours, plain, truth))
+            errors += judge(f"d{name}", *slices, gradient=True)
+    return errors
+
+
+def output_of(result: Any) -> Tensor:
+    """The output tensor of what an op returns."""
+    out: Tensor = result if isinstance(result, Tensor) else result.out
+    return out
+
+
+def leaves_of(inputs: Tensors) -> dict[str, Tensor]:
+    """The same inputs, every floating one a leaf that wants a gradient."""
+    return {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+
+
+def gradients(function: Callable[[Tensors], Any], inputs: Tensors, grad_out: Tensor) -> Tensors:
+    """The gradient of every floating input."""
+    leaves = leaves_of(inputs)
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    found = torch.autograd.grad(output_of(function(leaves)), list(wanted.values()), grad_out)
+    return dict(zip(wanted, found, strict=True))
+
+
+def _at(operation: Operation, rows: Tensor) -> tuple[dict[str, Tensor], KeyRange]:
+    """The inputs of a few queries, and what those see."""
+    inputs = {}
+    for name, x in operation.inputs.items():
+        if name in PER_QUERY:
+            x = x[:, rows]
+        inputs[name] = x[:CHECKED_SEQUENCES] if x.dim() == 4 else x
+    return inputs, KeyRange(None, operation.seen.last[:CHECKED_SEQUENCES, rows])
+
+
+def _selection_error(
+    operation: Operation, inputs: Tensors, seen: KeyRange, chosen: Tensor
+) -> Error:
+    """How far the true scores of the chosen blocks are from those of the best, of which they are a
+    part."""
+    with _reference():
+        truth = operation.call(_wide(inputs), seen, return_block_scores=True)
+    assert operation.block_size is not None
+    scores = _plain_scores(inputs["q"], inputs["k"], seen, operation.block_size)
+    best_plain = scores.topk(min(chosen.shape[-1], scores.shape[-1]), dim=-1)
+    plain = best_plain.indices.masked_fill(best_plain.values == 0, -1)
+    plain = torch.nn.functional.pad(plain, (0, chosen.shape[-1] - plain.shape[-1]), value=-1)
+    best, ours, plains = (
+        _scores_of(idx, truth.block_scores) for idx in (truth.block_idx, chosen, plain)
+    )
+    best_there_is = best.clamp(min=torch.finfo(torch.float64).tiny)
+    kernel, eager = (float(((x - best) / best_there_is).abs().max()) for x in (ours, plains))
+    floor = torch.finfo(inputs["q"].dtype).eps
+    return Error("selected scores", kernel, eager, FACTOR * eager + floor)
+
+
+def _plain_scores(q: Tensor, k: Tensor, seen: KeyRange, block_size: int) -> Tensor:
+    """Block scores (B, t, G, N) as eager attention in the inputs' dtype would have them."""
+    keys, groups = k.shape[1], k.shape[2]
+    by_group = q.reshape(*q.shape[:2], groups, -1, q.shape[-1])
+    logits = torch.einsum("btgrd,bsgd->btgrs", by_group, k)
+    logits = logits * q.shape[-1] ** -0.5
+    visible = seen.sees(torch.arange(keys, device=q.device).expand(1, q.shape[1], keys))
+    logits = logits.masked_fill(~visible[:, :, None, None], -torch.inf)
+    weights = logits.softmax(-1, dtype=torch.float32).amax(3)
+    padded = torch.nn.functional.pad(weights, (0, -keys % block_size))
+    return padded.reshape(*padded.shape[:-1], -1, block_size).amax(-1)
+
+
+def _scores_of(block_idx: Tensor, scores: Tensor) -> Tensor:
+    """The scores of these blocks, descending; 0 for a pad or what is no block."""
+    num_blocks = scores.shape[-1]
+    found = scores.gather(-1, block_idx.long().clamp(0, num_blocks - 1))
+    none = (block_idx < 0) | (block_idx >= num_blocks)
+    return found.masked_fill(none, 0).sort(dim=-1, descending=True).values
+
+
+def _wide(inputs: Tensors) -> dict[str, Tensor]:
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+@contextmanager
+def _reference() -> Iterator[None]:
+    """Let the reference run every op inside the block."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[ENVIRONMENT_VARIABLE] = before
