@@ -88,6 +88,7 @@ def test_gradients(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("default")  # inductor has advice to give
 def test_a_static_cache_decodes_the_same_in_cuda_graphs() -> None:
     model, x = a_model("qwen3", torch.float32, "cuda"), ids(tokens=TOKENS).cuda()
     options = {"attention_mask": torch.ones_like(x), "max_new_tokens": 12, "do_sample": False}

@@ -105,7 +105,7 @@ def _tiles_of_queries(dtype: torch.dtype, dims: int) -> tuple[int, int, int, int
     """Rows and keys of a tile, warps and stages of the sum over keys: dQ."""
     if dtype == torch.float32:
         return 16, 16, 8, 1
-    if dims <= 128:
+    if dims <= 256:
         return 64, 64, 4, 2
     return (128, 64, 8, 2) if dims <= 384 else (128, 32, 8, 2)
 

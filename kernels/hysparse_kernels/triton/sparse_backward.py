@@ -158,7 +158,7 @@ def _launch_queries(
     wide = dq.dtype == torch.float32 or sizes["PADDED_D"] + sizes["PADDED_DV"] > 256
     heads = triton.next_power_of_2(sizes["GROUP"])
     parts = sizes["BLOCK"] // sizes["KEYS"]
-    split = split_of(tiles.queries * sizes["GROUP"], dq.dtype)
+    split = split_of(tiles.queries, sizes["GROUP"], dq.dtype)
     of_rare: tuple[Tensor | None, ...] = (None,) * 4
     if rare is not None:
         room = rare.at_once + tiles.starts.shape[3]

@@ -55,7 +55,7 @@ def sparse_forward(
     mask = key_range.mask
     padded_d, padded_dv = triton.next_power_of_2(D), triton.next_power_of_2(Dv)
     keys, num_warps, num_stages = configuration(q.dtype, block_size, padded_d + padded_dv)
-    split = split_of(tiles.queries * (H // G), q.dtype)
+    split = split_of(tiles.queries, H // G, q.dtype)
     q = q if q.stride(3) == 1 else q.contiguous()
     _attend[(B * G * tiles.counts.shape[2] * split,)](
         q,
@@ -94,9 +94,12 @@ def sparse_forward(
     return Attention(out, lse)
 
 
-def split_of(rows: int, dtype: torch.dtype) -> int:
-    """Into how many programs a tile goes, so that shared memory holds its rows."""
-    return max(1, rows // 32) if dtype == torch.float32 else 1
+def split_of(queries: int, group: int, dtype: torch.dtype) -> int:
+    """Into how many programs a tile goes, a power of two, so that shared memory holds its rows."""
+    if dtype != torch.float32:
+        return 1
+    rows: int = queries * triton.next_power_of_2(group)
+    return min(queries, max(1, rows // 32))
 
 
 def configuration(dtype: torch.dtype, block_size: int, width: int) -> tuple[int, int, int]:

@@ -70,7 +70,7 @@ def select(
         QUERIES=QUERIES,
         PARTS=parts,
         KEPT=kept,
-        WIDE=N * maxima.stride(2) >= 1 << 31,
+        WIDE=max(N * maxima.stride(2), H // G * maxima.stride(1)) >= 1 << 31,
         num_warps=parts,
     )
 
@@ -200,12 +200,13 @@ def _select(
 
     best = tl.full([ROWS, KEPT], NOTHING, tl.float64)
     part = row // QUERIES * KEPT
-    stride_mh = tl.cast(stride_mh, tl.int64)
     maxima += b * stride_mb + g * GROUP * stride_mh + tile * QUERIES
+    if WIDE:
+        stride_mh, stride_mn = tl.cast(stride_mh, tl.int64), tl.cast(stride_mn, tl.int64)
     for begin in range(0, stop, PARTS * KEPT):
         n = begin + part[:, None] + tl.arange(0, KEPT)[None, :]
         visible = n < seen[:, None]
-        at = (n.to(tl.int64) if WIDE else n) * stride_mn + (row % QUERIES)[:, None]
+        at = n * stride_mn + (row % QUERIES)[:, None]
         score = tl.full([ROWS, KEPT], float("-inf"), tl.float32)
         for heads in range(0, GROUP, UNROLLED):
             for i in tl.static_range(UNROLLED):
