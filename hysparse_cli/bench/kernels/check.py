@@ -53,7 +53,7 @@ def check_forward(operation: Operation) -> list[Error]:
         plain = operation.plain(inputs, seen)
         with _reference():
             truth = operation.call(_wide(inputs), seen)
-        errors = list(judge("out", ours, plain, output_of(truth)))
+        errors = judge("out", ours, plain, output_of(truth))
         if chosen is not None:
             chosen = chosen[:CHECKED_SEQUENCES, rows]
             errors.append(_selection_error(operation, inputs, seen, chosen))
