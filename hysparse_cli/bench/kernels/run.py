@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,19 @@ from hysparse_cli.bench.kernels.prefill import prefill_cases
 from hysparse_cli.bench.kernels.result import Ceiling, KernelBench, PeerTime, Row
 from hysparse_cli.bench.kernels.work import Case, Peer, Shape, Work
 from hysparse_cli.devices import describe, is_out_of_memory
-from hysparse_cli.errors import HysparseError, OutOfResources
+from hysparse_cli.errors import OutOfResources
 from hysparse_cli.recipe import KernelBenchOptions
 from hysparse_kernels.backends import Call, choose
+
+# What kernels and peers raise: a failure is a row, not the end.
+FAILURES: tuple[type[Exception], ...] = (
+    *(RuntimeError, MemoryError, ImportError),
+    *(ValueError, TypeError, AttributeError, AssertionError),
+)
+if find_spec("triton"):
+    from triton.errors import TritonError
+
+    FAILURES += (TritonError,)
 
 Progress = Callable[[str, int, int], None]
 PeerTimes = dict[tuple[Any, ...], PeerTime]
@@ -84,9 +95,7 @@ def _measure(
         backend = _backend_of(work)
         latency = _latency(work.runs, case, options, device)
         errors = work.check()
-    except HysparseError:
-        raise
-    except Exception as error:
+    except FAILURES as error:
         return Row(case.name, case.shape, error=_reason(error), failed=not _is_memory(error))
     times = {peer.name: _peer_time(peer, case, options, device, known) for peer in work.peers}
     return Row(
@@ -108,7 +117,7 @@ def _peer_time(
     if peer.key not in known:
         try:
             known[peer.key] = PeerTime(_latency(peer.start(), case, options, device))
-        except Exception as error:  # whatever goes wrong there is no end of ours
+        except FAILURES as error:
             known[peer.key] = PeerTime(None, _reason(error))
     return known[peer.key]
 

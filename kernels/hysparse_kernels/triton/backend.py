@@ -9,8 +9,8 @@ from triton import knobs
 
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.outputs import Attention, FullAttention
-from hysparse_kernels.triton import branch_ops, full_op, layer_op
 from hysparse_kernels.triton.arguments import COPIED_BYTES
+from hysparse_kernels.triton.ops import branches, full, layer
 
 if TYPE_CHECKING:
     from hysparse_kernels.backends import Call
@@ -67,7 +67,7 @@ def full_attention(
     top_k_blocks: int,
     return_block_scores: bool,
 ) -> FullAttention:
-    out, lse, block_idx, block_scores = full_op.full_attention(
+    out, lse, block_idx, block_scores = full.full_attention(
         q,
         k,
         v,
@@ -99,7 +99,7 @@ def block_sparse_attention(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Attention:
-    out, lse = branch_ops.block_sparse_attention(
+    out, lse = branches.block_sparse_attention(
         q, k, v, block_idx, *key_range, sinks, block_size, scale, softcap
     )
     return Attention(out, lse.detach())
@@ -116,14 +116,14 @@ def sliding_window_attention(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Attention:
-    out, lse = branch_ops.sliding_window_attention(
+    out, lse = branches.sliding_window_attention(
         q, k, v, *key_range, sinks, window_tokens, scale, softcap
     )
     return Attention(out, lse.detach())
 
 
 def gated_sum(o_sparse: Tensor, o_window: Tensor, gate_logits: Tensor) -> Tensor:
-    total: Tensor = branch_ops.gated_sum(o_sparse, o_window, gate_logits)
+    total: Tensor = branches.gated_sum(o_sparse, o_window, gate_logits)
     return total
 
 
@@ -148,7 +148,7 @@ def sparse_layer_attention(
     with_branches = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in tensors
     )
-    out, *_ = layer_op.sparse_layer_attention(
+    out, *_ = layer.sparse_layer_attention(
         q,
         shared_k,
         shared_v,

@@ -12,9 +12,9 @@ import hysparse_kernels as ops
 from hysparse_kernels import KeyRange, causal
 
 BLOCK, TOP, WINDOW = 64, 4, 128
-# Queries, head dim, packed. Head dim 128 runs the Hopper kernels, 80 the others; packed documents run
-# our own backward, not cuDNN's; a single query runs the decode kernels. racecheck does not know how
-# warps wait for each other in warp-specialised kernels: it reports ours and cuDNN's alike.
+# Queries, head dim, packed. Head dim 128 runs the Hopper kernels, 80 the others; packed documents
+# run our own backward, not cuDNN's; a single query runs the decode kernels. racecheck does not know
+# how warps wait for each other in warp-specialised kernels: it reports ours and cuDNN's alike.
 PLAIN = ((300, 80, True), (1, 80, False))
 PASSES = {
     "memory": (*PLAIN, (300, 80, False), (300, 128, True), (300, 128, False), (1, 128, False)),

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hysparse_kernels import KeyRange, reference
-from hysparse_kernels.triton import decode_merge
-from hysparse_kernels.triton import full_decode as full_decode_module
-from hysparse_kernels.triton.full_decode import full_decode
-from hysparse_kernels.triton.sparse_decode import sparse_decode
+from hysparse_kernels.triton.full import decode as full_decode_module
+from hysparse_kernels.triton.full import decode_merge
+from hysparse_kernels.triton.full.decode import full_decode
+from hysparse_kernels.triton.sparse.decode import sparse_decode
 from tests.kernels.law import (
     assert_lawful,
     plain_attention,

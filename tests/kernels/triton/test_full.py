@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hysparse_kernels import KeyRange, reference
-from hysparse_kernels.triton.full_backward import full_backward
-from hysparse_kernels.triton.full_forward import full_forward
+from hysparse_kernels.triton.full.backward import full_backward
+from hysparse_kernels.triton.full.forward import full_forward
 from tests.kernels.law import assert_lawful, plain_attention, visible_keys
 
 # NumPy warns where the interpreter turns a loop's bound, a tensor of one element, into an int.

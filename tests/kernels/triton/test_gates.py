@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hysparse_kernels.triton.gates import delta, gated_sum, gated_sum_backward, gates_backward
+from hysparse_kernels.triton.window.gates import (
+    delta,
+    gated_sum,
+    gated_sum_backward,
+    gates_backward,
+)
 from tests.kernels.law import assert_lawful, truth_of
 
 SHAPES = [(2, 7, 3, 16), (1, 33, 4, 80)]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 import hysparse_kernels as ops
 from hysparse_kernels import KeyRange, backends, causal, reference
-from hysparse_kernels.triton import branch_ops, full_op, layer_op
+from hysparse_kernels.triton.ops import branches, full
+from hysparse_kernels.triton.ops import layer as whole_layer
 from tests.kernels.law import (
     assert_lawful,
     plain_attention,
@@ -149,20 +150,20 @@ def test_torch_library_finds_nothing_wrong(where: str) -> None:
     q, k, v = (x.requires_grad_() for x in (layer.q, layer.k, layer.v))
     last = causal(5, 5, q.device).last
     scale, seen = D**-0.5, (None, last, None, 0)
-    served = full_op.full_attention(q, k, v, *seen, None, scale, None, BLOCK, TOP, False)
+    served = full.full_attention(q, k, v, *seen, None, scale, None, BLOCK, TOP, False)
     block_idx = served[2]
     own, layer_options = (layer.own_k, layer.own_v), (BLOCK, WINDOW, scale, None, True)
     sinks = layer.sinks.requires_grad_()
     calls: tuple[tuple[Any, tuple[Any, ...]], ...] = (
-        (full_op.full_attention, (q, k, v, *seen, None, scale, None, BLOCK, TOP, True)),
+        (full.full_attention, (q, k, v, *seen, None, scale, None, BLOCK, TOP, True)),
         (
-            branch_ops.block_sparse_attention,
+            branches.block_sparse_attention,
             (q, k, v, block_idx, *seen, None, BLOCK, scale, None),
         ),
-        (branch_ops.sliding_window_attention, (q, *own, *seen, None, WINDOW, scale, None)),
-        (branch_ops.gated_sum, (q, q.clone(), layer.gate_logits)),
+        (branches.sliding_window_attention, (q, *own, *seen, None, WINDOW, scale, None)),
+        (branches.gated_sum, (q, q.clone(), layer.gate_logits)),
         (
-            layer_op.sparse_layer_attention,
+            whole_layer.sparse_layer_attention,
             (*(q, k, v, block_idx, *own, layer.gate_logits, sinks), *seen, *seen, *layer_options),
         ),
     )

@@ -132,7 +132,9 @@ def test_sizes_drawn_at_random(op: Op, data: st.DataObject) -> None:
             starts[:, cut:] = cut + tokens - queries
         first = starts
     seen = seen if first is None else KeyRange(first, seen.last)
-    lists = torch.randint(-1, tokens // BLOCK + 1, (batch, queries, 2, 1), device="cuda")
+    chance = torch.Generator("cuda").manual_seed(tokens)
+    sizes = (batch, queries, 2, 1)
+    lists = torch.randint(-1, tokens // BLOCK + 1, sizes, device="cuda", generator=chance)
     lists = torch.cat([lists, lists + tokens // BLOCK + 2], dim=3).int()  # distinct; some unseen
     check(op, q, k, v, lists, seen)
 

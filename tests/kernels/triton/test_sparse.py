@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from hysparse_kernels import KeyRange, reference
-from hysparse_kernels.triton import sparse_backward as backward_module
-from hysparse_kernels.triton.query_tiles import query_tiles
-from hysparse_kernels.triton.sparse_backward import sparse_backward
-from hysparse_kernels.triton.sparse_forward import sparse_forward
-from hysparse_kernels.triton.sparse_pairs import Pairs, pairs_of
+from hysparse_kernels.triton.sparse import backward as backward_module
+from hysparse_kernels.triton.sparse.backward import sparse_backward
+from hysparse_kernels.triton.sparse.forward import sparse_forward
+from hysparse_kernels.triton.sparse.pairs import Pairs, pairs_of
+from hysparse_kernels.triton.sparse.query_tiles import query_tiles
 from tests.kernels.law import assert_lawful, plain_attention, visible_blocks
 
 # NumPy warns where the interpreter turns a loop's bound, a tensor of one element, into an int.

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hysparse_kernels import KeyRange, reference
-from hysparse_kernels.triton.top_k import select
+from hysparse_kernels.triton.full.top_k import select
 from tests.kernels.law import assert_lawful
 
 BLOCK = 4

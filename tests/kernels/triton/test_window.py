@@ -10,9 +10,9 @@ from torch import Tensor
 from triton import knobs
 
 from hysparse_kernels import KeyRange, causal
-from hysparse_kernels.triton.gates import delta
-from hysparse_kernels.triton.window_backward import window_backward
-from hysparse_kernels.triton.window_forward import window_forward
+from hysparse_kernels.triton.window.backward import window_backward
+from hysparse_kernels.triton.window.forward import window_forward
+from hysparse_kernels.triton.window.gates import delta
 from tests.kernels.law import assert_lawful, plain_attention, truth_of, visible_window
 
 

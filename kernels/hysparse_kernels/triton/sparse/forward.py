@@ -1,6 +1,6 @@
 """Block-sparse attention, forward: tiles of neighbouring queries over the union of their blocks.
 
-On Hopper ``sparse_forward_hopper`` does it where it can; the kernel here does it everywhere.
+On Hopper ``forward_hopper`` does it where it can; the kernel here does it everywhere.
 """
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.outputs import Attention
-from hysparse_kernels.triton import sparse_forward_hopper as hopper
 from hysparse_kernels.triton.arguments import describe, strides_of
-from hysparse_kernels.triton.query_tiles import query_tiles
+from hysparse_kernels.triton.sparse import forward_hopper as hopper
+from hysparse_kernels.triton.sparse.query_tiles import query_tiles
 from hysparse_kernels.triton.tiles import LN_2, LOG2_E, dot, tanh
 
 

@@ -13,8 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.triton.arguments import describe, strides_of
-from hysparse_kernels.triton.full_key_gradients import find_queries, sum_over_queries
-from hysparse_kernels.triton.full_query_gradients import sum_over_keys
+from hysparse_kernels.triton.full.key_gradients import find_queries, sum_over_queries
+from hysparse_kernels.triton.full.query_gradients import sum_over_keys
 
 
 def gradients(

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.full_attention import attend_and_select
-from hysparse_kernels.triton.full_backward import full_backward
-from hysparse_kernels.triton.results import attention_shapes, given, present
+from hysparse_kernels.triton.full.attention import attend_and_select
+from hysparse_kernels.triton.full.backward import full_backward
+from hysparse_kernels.triton.ops.results import attention_shapes, given, present
 
 
 @custom_op("hysparse::full_attention", mutates_args=())

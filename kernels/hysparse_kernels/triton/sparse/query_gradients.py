@@ -7,9 +7,9 @@ by key block, to exactly the queries that chose them, and their parts are added 
 import triton
 import triton.language as tl
 
-from hysparse_kernels.triton.sparse_forward import logits_of, real_keys
-from hysparse_kernels.triton.sparse_keys import rows_of, slope
-from hysparse_kernels.triton.sparse_pairs import pass_of
+from hysparse_kernels.triton.sparse.forward import logits_of, real_keys
+from hysparse_kernels.triton.sparse.key_gradients import rows_of, slope
+from hysparse_kernels.triton.sparse.pairs import pass_of
 from hysparse_kernels.triton.tiles import dot
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hysparse_kernels.triton.sparse_forward import logits_of, real_keys
+from hysparse_kernels.triton.sparse.forward import logits_of, real_keys
 from hysparse_kernels.triton.tiles import LOG2_E, dot
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton import full_forward_hopper
-from hysparse_kernels.triton.full_decode import full_decode
-from hysparse_kernels.triton.full_forward import full_forward
+from hysparse_kernels.triton.full import forward_hopper as hopper
+from hysparse_kernels.triton.full.decode import full_decode
+from hysparse_kernels.triton.full.forward import full_forward
+from hysparse_kernels.triton.full.top_k import select
 from hysparse_kernels.triton.tiles import DECODE_ROWS
-from hysparse_kernels.triton.top_k import select
 
 WORKSPACE_BYTES = 512 << 20
 SLAB_STEP = 128
@@ -52,8 +52,8 @@ def attend_and_select(
         )
     out = q.new_empty(B, T, H, Dv)
     lse = q.new_empty(B, T, H, dtype=torch.float32)
-    hopper = full_forward_hopper.takes(q, k, v, key_range, scale=scale, softcap=softcap)
-    forward = full_forward_hopper.full_forward if hopper else full_forward
+    on_hopper = hopper.takes(q, k, v, key_range, scale=scale, softcap=softcap)
+    forward = hopper.full_forward if on_hopper else full_forward
     options: dict[str, Any] = {"scale": scale, "sinks": sinks, "softcap": softcap}
     if block_size is None or not (top_k_blocks or return_block_scores):
         forward(q, k, v, key_range, out, lse, None, block_size=SLAB_STEP, **options)

@@ -299,7 +299,7 @@ def full_forward(
     softcap: None,
     block_size: int,
 ) -> None:
-    """As ``full_forward.full_forward``, for the calls that ``takes`` takes."""
+    """As ``forward.full_forward``, for the calls that ``takes`` takes."""
     B, T, H, D = q.shape
     assert key_range.diagonal is not None
     if 0 in (B, T):

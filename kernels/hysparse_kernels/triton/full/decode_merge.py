@@ -5,8 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
+from hysparse_kernels.triton.full.top_k import NOTHING, ascending, best_of, ranked
 from hysparse_kernels.triton.tiles import LN_2, LOG2_E
-from hysparse_kernels.triton.top_k import NOTHING, ascending, best_of, ranked
 
 CHUNK = 512  # blocks that are ranked at a time
 

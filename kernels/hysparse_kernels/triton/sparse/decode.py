@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.full_decode import attend_tile
+from hysparse_kernels.triton.full.decode import attend_tile
 from hysparse_kernels.triton.tiles import LOG2_E
 
 PROGRAMS_WANTED = 2 * 132  # that fill a large GPU

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton import gates
-from hysparse_kernels.triton.results import attention_shapes, given, present
-from hysparse_kernels.triton.sparse_backward import sparse_backward
-from hysparse_kernels.triton.sparse_decode import sparse_decode
-from hysparse_kernels.triton.sparse_forward import sparse_forward
+from hysparse_kernels.triton.ops.results import attention_shapes, given, present
+from hysparse_kernels.triton.sparse.backward import sparse_backward
+from hysparse_kernels.triton.sparse.decode import sparse_decode
+from hysparse_kernels.triton.sparse.forward import sparse_forward
 from hysparse_kernels.triton.tiles import DECODE_ROWS
-from hysparse_kernels.triton.window_backward import window_backward
-from hysparse_kernels.triton.window_forward import window_forward
+from hysparse_kernels.triton.window import gates
+from hysparse_kernels.triton.window.backward import window_backward
+from hysparse_kernels.triton.window.forward import window_forward
 
 
 @custom_op("hysparse::sparse_layer_attention", mutates_args=())

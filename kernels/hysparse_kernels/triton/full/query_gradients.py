@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hysparse_kernels.triton.full_key_gradients import NEVER, load_range, weights
+from hysparse_kernels.triton.full.key_gradients import NEVER, load_range, weights
 from hysparse_kernels.triton.tiles import dot
 
 STATISTICS: tl.constexpr = tl.constexpr(128)  # rows of delta and lse2 are padded to multiples

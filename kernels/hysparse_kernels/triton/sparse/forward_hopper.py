@@ -19,7 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.triton.arguments import copyable
-from hysparse_kernels.triton.query_tiles import QueryTiles
+from hysparse_kernels.triton.sparse.query_tiles import QueryTiles
 
 GROUP_ROWS = 64
 TILE_ROWS = 2 * GROUP_ROWS

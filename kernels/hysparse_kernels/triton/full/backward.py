@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.full_gradients import gradients
-from hysparse_kernels.triton.full_query_gradients import STATISTICS
+from hysparse_kernels.triton.full.gradients import gradients
+from hysparse_kernels.triton.full.query_gradients import STATISTICS
 from hysparse_kernels.triton.tiles import LOG2_E
 
 UNSEEING: tl.constexpr = tl.constexpr(1e38)  # the log of the total of a row that weighs no key

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.decode_merge import merge_splits
+from hysparse_kernels.triton.full.decode_merge import merge_splits
 from hysparse_kernels.triton.tiles import LOG2_E, dot, tanh
 
 MOST_ROWS = 64

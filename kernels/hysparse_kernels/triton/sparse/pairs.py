@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hysparse_kernels.triton.query_tiles import QueryTiles, popcount
+from hysparse_kernels.triton.sparse.query_tiles import QueryTiles, popcount
 
 ITEM_OF_RARE, ITEM_OF_ALL = 128, 512
 

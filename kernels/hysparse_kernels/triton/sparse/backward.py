@@ -8,11 +8,11 @@ from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.triton.arguments import describe, strides_of
-from hysparse_kernels.triton.query_tiles import QueryTiles, query_tiles
-from hysparse_kernels.triton.sparse_forward import configuration, split_of
-from hysparse_kernels.triton.sparse_keys import differentiate_keys
-from hysparse_kernels.triton.sparse_pairs import Pairs, pairs_of
-from hysparse_kernels.triton.sparse_queries import differentiate_pairs, differentiate_tiles
+from hysparse_kernels.triton.sparse.forward import configuration, split_of
+from hysparse_kernels.triton.sparse.key_gradients import differentiate_keys
+from hysparse_kernels.triton.sparse.pairs import Pairs, pairs_of
+from hysparse_kernels.triton.sparse.query_gradients import differentiate_pairs, differentiate_tiles
+from hysparse_kernels.triton.sparse.query_tiles import QueryTiles, query_tiles
 
 WORKSPACE = 512 << 20  # bytes of partial dQ at a time
 PROGRAMS = 8192  # that share the items of a pass

@@ -1,0 +1,1 @@
+"""Full attention with the selection of key blocks."""

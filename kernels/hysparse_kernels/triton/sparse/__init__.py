@@ -1,0 +1,1 @@
+"""The block-sparse branch, and decoding a whole sparse layer."""

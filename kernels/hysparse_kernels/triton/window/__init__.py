@@ -1,0 +1,1 @@
+"""The sliding window branch, and the gated sum of both."""
