@@ -4,7 +4,6 @@ As in FlashAttention-3 (https://arxiv.org/abs/2407.08608), a warpgroup issues th
 q k^T before this tile's p v, and computes one tile's softmax while the tensor cores work.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,16 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.arguments import copyable
-
-GROUP_ROWS = 64
-TILE_ROWS = 2 * GROUP_ROWS
-TILE_KEYS = 128
-STAGES = 2
-HEAD_DIMS = (64, 128)
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
+from hysparse_kernels.triton.hopper import (
+    DTYPES,
+    GROUP_ROWS,
+    LN_2,
+    LOG2_E,
+    STAGES,
+    TILE_KEYS,
+    TILE_ROWS,
+    suits,
+)
 
 
 @gluon.jit
@@ -271,18 +270,8 @@ def takes(
     q: Tensor, k: Tensor, v: Tensor, key_range: KeyRange, *, scale: float, softcap: float | None
 ) -> bool:
     """Whether this kernel runs the call: plain causal attention on Hopper, at its head dims."""
-    return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device)[0] == 9
-        and q.dtype in DTYPES
-        and q.shape[3] == v.shape[3]
-        and q.shape[3] in HEAD_DIMS
-        and key_range.diagonal is not None
-        and key_range.diagonal >= 0
-        and softcap is None
-        and scale > 0
-        and all(copyable(x) for x in (q, k, v))
-    )
+    known = key_range.diagonal is not None and key_range.diagonal >= 0
+    return known and suits(q, k, v, scale=scale, softcap=softcap)
 
 
 def full_forward(

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.ops.results import attention_shapes, given, present
+from hysparse_kernels.triton.ops.results import attention_shapes, given, gradient_shapes, present
 from hysparse_kernels.triton.sparse.backward import sparse_backward
 from hysparse_kernels.triton.sparse.forward import sparse_forward
 from hysparse_kernels.triton.window import gates
@@ -80,22 +79,9 @@ def block_sparse_attention_backward(
 
 
 @block_sparse_attention_backward.register_fake
-def _(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_idx: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    first: Tensor | None,
-    last: Tensor,
-    mask: Tensor | None,
-    diagonal: int | None,
-    sinks: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _attention_gradients(q, k, v, lse, sinks)
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _block_idx, _out, lse, _first, _last, _mask, _diagonal, sinks, *_ = rest
+    return gradient_shapes(q, k, v, lse, sinks)
 
 
 def _keep_sparse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -184,21 +170,9 @@ def sliding_window_attention_backward(
 
 
 @sliding_window_attention_backward.register_fake
-def _(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    first: Tensor | None,
-    last: Tensor,
-    mask: Tensor | None,
-    diagonal: int | None,
-    sinks: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _attention_gradients(q, k, v, lse, sinks)
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _out, lse, _first, _last, _mask, _diagonal, sinks, *_ = rest
+    return gradient_shapes(q, k, v, lse, sinks)
 
 
 def _keep_window(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -256,10 +230,3 @@ def _gate_gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
 
 
 gated_sum.register_autograd(_gate_gradients, setup_context=_keep_gates)
-
-
-def _attention_gradients(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, sinks: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dsinks = None if sinks is None else torch.empty_like(sinks)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), given(dsinks, lse)

@@ -12,7 +12,7 @@ from torch.library import custom_op
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.triton.full.attention import attend_and_select
 from hysparse_kernels.triton.full.backward import full_backward
-from hysparse_kernels.triton.ops.results import attention_shapes, given, present
+from hysparse_kernels.triton.ops.results import attention_shapes, given, gradient_shapes, present
 
 
 @custom_op("hysparse::full_attention", mutates_args=())
@@ -53,21 +53,8 @@ def full_attention(
 
 
 @full_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor | None,
-    last: Tensor,
-    mask: Tensor | None,
-    diagonal: int | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    block_size: int | None,
-    top_k_blocks: int,
-    return_block_scores: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    *_, block_size, top_k_blocks, return_block_scores = options
     B, T, G = *q.shape[:2], k.shape[2]
     num_blocks = -(-k.shape[1] // block_size) if block_size and return_block_scores else 0
     block_idx = q.new_empty(B, T, G, top_k_blocks, dtype=torch.int32)
@@ -110,22 +97,10 @@ def full_attention_backward(
 
 @full_attention_backward.register_fake
 def _(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    first: Tensor | None,
-    last: Tensor,
-    mask: Tensor | None,
-    diagonal: int | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dsinks = None if sinks is None else torch.empty_like(sinks)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), given(dsinks, lse)
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    lse, _first, _last, _mask, _diagonal, sinks, *_ = rest
+    return gradient_shapes(q, k, v, lse, sinks)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.outputs import Attention
 from hysparse_kernels.triton.arguments import describe, strides_of
+from hysparse_kernels.triton.hopper import TILE_ROWS
 from hysparse_kernels.triton.sparse import forward_hopper as hopper
 from hysparse_kernels.triton.sparse.query_tiles import query_tiles
 from hysparse_kernels.triton.tiles import LN_2, LOG2_E, dot, tanh
@@ -45,7 +46,7 @@ def sparse_forward(
         lse.fill_(-torch.inf) if sinks is None else lse.copy_(sinks)
         return Attention(out.zero_(), lse)
     tiles = query_tiles(block_idx, key_range, block_size=block_size, num_keys=S, group=H // G)
-    if tiles.queries * (H // G) == hopper.TILE_ROWS and hopper.takes(
+    if tiles.queries * (H // G) == TILE_ROWS and hopper.takes(
         q, k, v, key_range, block_size=block_size, scale=scale, softcap=softcap
     ):
         hopper.sparse_forward(

@@ -4,7 +4,6 @@ A tile is 128 rows: neighbouring queries times the query heads of a KV head. It 
 union of its queries' lists; a row counts in a block where its query chose the block.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,17 +17,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.arguments import copyable
+from hysparse_kernels.triton.hopper import (
+    DTYPES,
+    LN_2,
+    LOG2_E,
+    STAGES,
+    TILE_KEYS,
+    TILE_ROWS,
+    suits,
+)
 from hysparse_kernels.triton.sparse.query_tiles import QueryTiles
-
-GROUP_ROWS = 64
-TILE_ROWS = 2 * GROUP_ROWS
-TILE_KEYS = 128
-STAGES = 2
-HEAD_DIMS = (64, 128)
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
@@ -338,19 +336,8 @@ def takes(
 ) -> bool:
     """Whether this kernel runs the call: on Hopper, no mask with holes, at its sizes."""
     group = q.shape[2] // k.shape[2]
-    return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device)[0] == 9
-        and q.dtype in DTYPES
-        and q.shape[3] == v.shape[3]
-        and q.shape[3] in HEAD_DIMS
-        and group in GROUPS
-        and TILE_KEYS % block_size == 0
-        and key_range.mask is None
-        and softcap is None
-        and scale > 0
-        and all(copyable(x) for x in (q, k, v))
-    )
+    tiled = group in GROUPS and TILE_KEYS % block_size == 0
+    return tiled and key_range.mask is None and suits(q, k, v, scale=scale, softcap=softcap)
 
 
 GROUPS = (4, 8, 16, 32, 64)
