@@ -20,8 +20,8 @@ demo: $(READY) ## the main job on the model in examples/demo-model
 test: $(READY) ## every test that needs no GPU, without one; kernels run in Triton's interpreter
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4
 
-test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(READY) ## the tests that need a CUDA device; kernels compile in many processes
+	$(BIN)/python -m pytest -m gpu --numprocesses auto --maxprocesses 12
 
 sanitize: $(READY) ## one pass of each kernel under CUDA's memory and race checkers
 	$(BIN)/python -m tests.kernels.triton.one_pass memory # compiles, which the checkers slow down
