@@ -26,6 +26,11 @@ def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return describe_tiles(x.transpose(1, 2), [1, 1, rows, columns])
 
 
+def last_contiguous(x: Tensor) -> Tensor:
+    """``x``, copied where its last dim is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def strides_of(x: Tensor | None) -> tuple[int, int]:
     """Strides of (B or 1, T) or (B, S), 0 where one row serves the batch or there is none."""
     return (0, 0) if x is None else (0 if x.shape[0] == 1 else x.stride(0), x.stride(1))

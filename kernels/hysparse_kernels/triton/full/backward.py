@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
+from hysparse_kernels.triton.arguments import last_contiguous
 from hysparse_kernels.triton.full.gradients import gradients
 from hysparse_kernels.triton.full.query_gradients import STATISTICS
 from hysparse_kernels.triton.tiles import LOG2_E
@@ -42,7 +43,7 @@ def full_backward(
         no_sinks = None if sinks is None else torch.zeros_like(sinks)
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), no_sinks
     d_out = d_out.contiguous()
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (last_contiguous(x) for x in (q, k, v))
     if plain_causal and _cudnn_takes(q, v, softcap):
         dq, dk, dv = _by_cudnn(d_out, q, k, v, out, lse, scale)
         if sinks is None:

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
+from hysparse_kernels.triton.arguments import last_contiguous, strides_of
 from hysparse_kernels.triton.full.decode_merge import merge_splits
 from hysparse_kernels.triton.tiles import LOG2_E, dot, tanh
 
-MOST_ROWS = 64
 SPLIT_KEYS = 512  # at least
 PROGRAMS_PER_SM = 3  # that run at a time
 MOST_WAVES = 4
@@ -38,7 +38,7 @@ def full_decode(
     Keys beyond a sequence's last query are not read, so ``k`` may be a cache longer than that.
 
     Args:
-        q: (B, T, H, D) with T * H / G at most ``MOST_ROWS``. k: (B, S, G, D). v: (B, S, G, Dv).
+        q: (B, T, H, D) with T * H / G at most ``DECODE_ROWS``. k: (B, S, G, D). v: (B, S, G, Dv).
         sinks: (H,) logits added to the denominator, or None.
         block_size: tokens in a key block, a power of two from 16 to 128; or None without selection.
     Returns: out (B, T, H, Dv), lse (B, T, H) float32, block_idx (B, T, G, K) int32 or None,
@@ -55,7 +55,7 @@ def full_decode(
         scores = q.new_empty(B, T, G, num_blocks, dtype=torch.float32)
     if not lse.numel():
         return out, lse, block_idx, scores
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (last_contiguous(x) for x in (q, k, v))
     first, last, mask = key_range.first, key_range.last, key_range.mask
     selects = block_idx is not None or scores is not None
     keys, num_warps, num_stages = _configuration(q, Dv)
@@ -73,10 +73,10 @@ def full_decode(
         *v.stride()[:3],
         first,
         last,
-        *(_strides(first) if first is not None else (0, 0)),
-        *_strides(last),
+        *strides_of(first),
+        *strides_of(last),
         mask,
-        *((mask.stride(0), mask.stride(1)) if mask is not None else (0, 0)),
+        *strides_of(mask),
         partial_out,
         partial_sum,
         maxima,
@@ -125,11 +125,6 @@ def _configuration(q: Tensor, v_dim: int) -> tuple[int, int, int]:
     if q.dtype == torch.float32:
         return 16, 4, 1
     return (64, 4, 3) if q.shape[3] + v_dim <= 256 else (32, 4, 3)
-
-
-def _strides(x: Tensor) -> tuple[int, int]:
-    """Strides of (B or 1, T), 0 where one row serves the batch."""
-    return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
 
 
 @triton.jit

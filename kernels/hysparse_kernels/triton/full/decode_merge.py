@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
+from hysparse_kernels.triton.arguments import strides_of
 from hysparse_kernels.triton.full.top_k import NOTHING, ascending, best_of, ranked
 from hysparse_kernels.triton.tiles import LN_2, LOG2_E
 
@@ -49,8 +50,8 @@ def merge_splits(
         sinks.stride(0) if sinks is not None else 0,
         first,
         last,
-        *(_strides(first) if first is not None else (0, 0)),
-        *_strides(last),
+        *strides_of(first),
+        *strides_of(last),
         out,
         lse,
         block_idx,
@@ -70,11 +71,6 @@ def merge_splits(
         CHUNK=max(CHUNK, kept),
         num_warps=4,
     )
-
-
-def _strides(x: Tensor) -> tuple[int, int]:
-    """Strides of (B or 1, T), 0 where one row serves the batch."""
-    return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
 
 
 @triton.jit

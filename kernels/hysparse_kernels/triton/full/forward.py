@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.arguments import describe, strides_of
+from hysparse_kernels.triton.arguments import describe, last_contiguous, strides_of
 from hysparse_kernels.triton.tiles import LN_2, LOG2_E, dot, tanh
 
 LOWEST: tl.constexpr = tl.constexpr(-1e38)  # a finite pivot for rows that have seen no key
@@ -56,7 +56,7 @@ def full_forward(
         return
     if scale < 0:  # the largest logit is that of the largest product from here on
         q, scale = -q, -scale
-    q = q if q.stride(3) == 1 else q.contiguous()
+    q = last_contiguous(q)
     first, last, mask = key_range.first, key_range.last, key_range.mask
     padded_d, padded_dv = (max(16, triton.next_power_of_2(x)) for x in (D, Dv))
     rows, keys, num_warps, num_stages = _configuration(q.dtype, padded_d + padded_dv)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
+from hysparse_kernels.triton.arguments import strides_of
 
 # A key is a double, since doubles are compared beside the units that select: its high half is the
 # score, its low half the block, which decides between equal scores. No finite score makes a NaN.
@@ -54,9 +55,9 @@ def select(
         lse,
         *lse.stride(),
         first,
-        *(_strides(first) if first is not None else (0, 0)),
+        *strides_of(first),
         last,
-        *_strides(last),
+        *strides_of(last),
         block_idx,
         *block_idx.stride(),
         scores,
@@ -73,11 +74,6 @@ def select(
         WIDE=max(N * maxima.stride(2), H // G * maxima.stride(1)) >= 1 << 31,
         num_warps=parts,
     )
-
-
-def _strides(x: Tensor) -> tuple[int, int]:
-    """Strides of (B or 1, T), 0 where one row serves the batch."""
-    return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.arguments import describe, strides_of
+from hysparse_kernels.triton.arguments import describe, last_contiguous, strides_of
 from hysparse_kernels.triton.sparse.forward import configuration, split_of
 from hysparse_kernels.triton.sparse.key_gradients import differentiate_keys
 from hysparse_kernels.triton.sparse.pairs import Pairs, pairs_of
@@ -62,8 +62,8 @@ def sparse_backward(
         group=H // G,
         with_rare=q.dtype != torch.float32,
     )
-    q = q if q.stride(3) == 1 else q.contiguous()
-    d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
+    q = last_contiguous(q)
+    d_out = last_contiguous(d_out)
     last, mask = key_range.last, key_range.mask
     shared = (
         q,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
+from hysparse_kernels.triton.arguments import last_contiguous, strides_of
 from hysparse_kernels.triton.full.decode import attend_tile
 from hysparse_kernels.triton.tiles import LOG2_E
 
@@ -58,8 +59,7 @@ def sparse_decode(
     if not out.numel():
         return out
     q, shared_k, shared_v, window_k, window_v = (
-        x if x.stride(3) == 1 else x.contiguous()
-        for x in (q, shared_k, shared_v, window_k, window_v)
+        last_contiguous(x) for x in (q, shared_k, shared_v, window_k, window_v)
     )
     queries = B * T * G
     keys, num_warps, num_stages = _configuration(q, Dv)
@@ -89,11 +89,11 @@ def sparse_decode(
         sinks,
         *(sinks.stride() if sinks is not None else (0, 0)),
         *firsts,
-        *(stride for x in firsts for stride in (_strides(x) if x is not None else (0, 0))),
+        *(stride for x in firsts for stride in strides_of(x)),
         *(r.last for r in ranges),
-        *(stride for r in ranges for stride in _strides(r.last)),
+        *(stride for r in ranges for stride in strides_of(r.last)),
         *masks,
-        *(stride for x in masks for stride in (x.stride() if x is not None else (0, 0))),
+        *(stride for x in masks for stride in strides_of(x)),
         partial_out,
         partial_sum,
         _counters(q.device, queries),
@@ -140,11 +140,6 @@ def _configuration(q: Tensor, v_dim: int) -> tuple[int, int, int]:
     if q.dtype == torch.float32:
         return 16, 4, 1
     return (64, 4, 3) if q.shape[3] + v_dim <= 256 else (32, 4, 3)
-
-
-def _strides(x: Tensor) -> tuple[int, int]:
-    """Strides of (B or 1, T), 0 where one row serves the batch."""
-    return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
 
 
 def _counters(device: torch.device, count: int) -> Tensor:

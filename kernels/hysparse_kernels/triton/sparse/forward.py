@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.outputs import Attention
-from hysparse_kernels.triton.arguments import describe, strides_of
+from hysparse_kernels.triton.arguments import describe, last_contiguous, strides_of
 from hysparse_kernels.triton.hopper import TILE_ROWS
 from hysparse_kernels.triton.sparse import forward_hopper as hopper
 from hysparse_kernels.triton.sparse.query_tiles import query_tiles
@@ -57,7 +57,7 @@ def sparse_forward(
     padded_d, padded_dv = triton.next_power_of_2(D), triton.next_power_of_2(Dv)
     keys, num_warps, num_stages = configuration(q.dtype, block_size, padded_d + padded_dv)
     split = split_of(tiles.queries, H // G, q.dtype)
-    q = q if q.stride(3) == 1 else q.contiguous()
+    q = last_contiguous(q)
     _attend[(B * G * tiles.counts.shape[2] * split,)](
         q,
         *q.stride()[:3],

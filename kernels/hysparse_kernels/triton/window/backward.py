@@ -12,12 +12,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.arguments import describe
+from hysparse_kernels.triton.arguments import describe, last_contiguous
 from hysparse_kernels.triton.tiles import LOG2_E, dot, tanh
 from hysparse_kernels.triton.window.forward import (
     causal_window_of,
     describe_rows,
-    last_contiguous,
     range_arguments,
     sees,
     window_of,

@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.arguments import describe, describe_tiles, strides_of
+from hysparse_kernels.triton.arguments import describe, describe_tiles, last_contiguous, strides_of
 from hysparse_kernels.triton.tiles import LN_2, LOG2_E, dot, tanh
 
 
@@ -85,11 +85,6 @@ def window_forward(
         num_warps=num_warps,
     )
     return out, lse, gated
-
-
-def last_contiguous(x: Tensor) -> Tensor:
-    """``x``, copied where its last dim is not contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def describe_rows(x: Tensor, G: int, queries: int, heads: int, columns: int) -> TensorDescriptor:
