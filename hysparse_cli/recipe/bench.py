@@ -1,0 +1,70 @@
+"""Options of ``hysparse bench``."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hysparse_cli.recipe.fields import Device, Dtype, Positive, Section
+
+
+class BenchOptions(Section):
+    """``hysparse bench``: KV bytes, prefill and decode, against ``against``."""
+
+    against: list[str] = []
+    context: list[Positive] = [512, 2048]
+    batch: list[Positive] = [1]
+    decode_tokens: Positive = 16
+    repeat: Positive = 3
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    seed: int = 0
+
+
+class KernelBenchOptions(Section):
+    """``hysparse bench kernels``: the attention ops on random inputs, beside other people's.
+
+    ``heads`` are query and KV heads; decode takes the first. ``lists`` is a file of ``inspect-topk
+    --lists``; where there is none, lists are made up. Each measurement takes about ``measure_ms``.
+    """
+
+    context: list[Positive] = [8192, 32768]
+    ops: Annotated[
+        list[Literal["full", "block-sparse", "window", "layer", "decode"]], Field(min_length=1)
+    ] = ["full", "block-sparse", "window", "layer", "decode"]
+    heads: Annotated[list[str], Field(min_length=1)] = ["32/8", "64/4"]
+    head_dim: Positive = 128
+    block_size: Positive = 64
+    top_k_tokens: Positive = 1024
+    window_tokens: Positive = 128
+    decode_batch: list[Positive] = [1, 16, 64]
+    decode_context: Annotated[int, Field(gt=1)] = 32768
+    lists: str | None = None
+    measure_ms: Positive = 100
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: Device = "auto"
+    seed: int = 0
+
+    @property
+    def head_counts(self) -> list[tuple[int, int]]:
+        """Query and KV heads."""
+        return [(int(h), int(g)) for h, g in (pair.split("/") for pair in self.heads)]
+
+    @property
+    def top_k_blocks(self) -> int:
+        """Blocks selected for each query."""
+        return self.top_k_tokens // self.block_size
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "KernelBenchOptions":
+        if self.top_k_tokens % self.block_size:
+            raise ValueError(
+                f"block_size {self.block_size} does not divide top_k_tokens {self.top_k_tokens}"
+            )
+        for pair in self.heads:
+            if not re.fullmatch(r"[1-9][0-9]*/[1-9][0-9]*", pair):
+                raise ValueError(f"heads {pair!r} are not query and KV heads such as 32/8")
+        for heads, kv_heads in self.head_counts:
+            if heads % kv_heads:
+                raise ValueError(f"heads {heads}/{kv_heads}: {kv_heads} does not divide {heads}")
+        return self

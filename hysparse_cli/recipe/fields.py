@@ -1,0 +1,41 @@
+"""The types of recipe fields, and what every section has in common."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+Positive = Annotated[int, Field(gt=0)]
+# YAML reads 1e-3 as a string, so numbers with a point are not held to strict types.
+Real = Annotated[float, Field(strict=False)]
+Fraction = Annotated[Real, Field(ge=0, le=1)]
+Beta = Annotated[Real, Field(ge=0, lt=1)]
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(size: str) -> int:
+    """The bytes of a size such as ``5GB``, ``300 MiB`` or ``1000000``.
+
+    Raises: ValueError where it is not a number and a unit.
+    """
+    found = re.fullmatch(r"([0-9]+) ?([A-Za-z]*)", size.strip())
+    if not found or found[2].upper() not in _UNITS or not int(found[1]):
+        raise ValueError("not a size such as 5GB, 500MB or 2GiB")
+    return int(found[1]) * _UNITS[found[2].upper()]
+
+
+def _checked_size(size: str) -> str:
+    bytes_of(size)
+    return size
+
+
+Size = Annotated[str, AfterValidator(_checked_size)]
+
+
+class Section(BaseModel):
+    """A command's options: unknown fields and loose types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -1,0 +1,21 @@
+"""Options of ``hysparse generate``."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from hysparse_cli.recipe.fields import Device, Dtype, Fraction, Positive, Real, Section
+
+
+class GenerateOptions(Section):
+    """``hysparse generate``."""
+
+    prompt: str | None = None
+    max_new_tokens: Positive = 128
+    temperature: Annotated[Real, Field(ge=0)] = 0.0
+    top_p: Fraction = 1.0
+    num_beams: Positive = 1
+    chat: bool = False
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    seed: int = 0

@@ -1,0 +1,159 @@
+"""A recipe file, ``--set`` and flags in, one command's options out."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+from hysparse_cli.recipe.bench import BenchOptions, KernelBenchOptions
+from hysparse_cli.recipe.convert import ConvertOptions
+from hysparse_cli.recipe.evaluate import EvalOptions
+from hysparse_cli.recipe.fields import Section
+from hysparse_cli.recipe.finetune import FinetuneOptions
+from hysparse_cli.recipe.generate import GenerateOptions
+from hysparse_cli.recipe.inspect_topk import InspectOptions
+
+
+class Recipe(Section):
+    """A whole recipe file; a section that is absent has its defaults."""
+
+    convert: ConvertOptions = ConvertOptions()
+    finetune: FinetuneOptions = FinetuneOptions()
+    eval: EvalOptions = EvalOptions()
+    bench: BenchOptions = BenchOptions()
+    bench_kernels: KernelBenchOptions = KernelBenchOptions()
+    inspect_topk: InspectOptions = InspectOptions()
+    generate: GenerateOptions = GenerateOptions()
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load_section(
+    kind: type[S],
+    recipe_path: Path | None = None,
+    assignments: Sequence[str] | None = None,
+    flags: dict[str, Any] | None = None,
+) -> S:
+    """The options of one command from a recipe, ``section.field=value`` assignments and flags.
+
+    Args:
+        kind: the section's class, such as ``ConvertOptions``.
+        recipe_path: a YAML file, or None.
+        assignments: what ``--set`` was given; values are read as YAML.
+        flags: field -> value; None means the flag was not given. Other names are left alone, so
+            that a command can hand over its ``locals()``.
+    Raises: InvalidRecipe naming every wrong field at once; UnreadableInput where the file
+        can't be read.
+    """
+    name = next(n for n, field in Recipe.model_fields.items() if field.annotation is kind)
+    source = str(recipe_path) if recipe_path else "options"
+    data = _read_yaml(recipe_path) if recipe_path else {}
+    for assignment in assignments or ():
+        _assign(data, assignment)
+    given = {
+        key: value
+        for key, value in (flags or {}).items()
+        if key in kind.model_fields and value is not None
+    }
+    section = data.setdefault(name, {})
+    if isinstance(section, dict):
+        section.update(given)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise InvalidRecipe(f"{source}: {_all_errors(error)}") from None
+    resolved: S = getattr(recipe, name)
+    return resolved
+
+
+def integer_list(field: str, text: str | None) -> list[int] | None:
+    """The numbers of a flag such as ``0,4,8,11``; None stays None.
+
+    Raises: InvalidRecipe, naming ``field``, where it is no list of whole numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidRecipe(
+            f"{field} {text!r} is not a list of whole numbers such as 0,4,8,11"
+        ) from None
+
+
+def token_counts(field: str, text: str | None) -> list[int] | None:
+    """As ``integer_list``, for lengths such as ``512,8k``: a k is 1024."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    plain = ",".join(re.sub(r"^([0-9]+)[kK]$", lambda n: str(1024 * int(n[1])), p) for p in parts)
+    return integer_list(field, plain)
+
+
+def to_yaml(section: Section) -> str:
+    """The resolved section as a recipe that ``load_section`` reads back unchanged."""
+    name = next(n for n, field in Recipe.model_fields.items() if field.annotation is type(section))
+    return yaml.safe_dump({name: section.model_dump(mode="json")}, sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnreadableInput(
+            f"recipe {path}: {error.strerror}; give the path of a YAML file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise InvalidRecipe(f"recipe {path} is not valid YAML: {where}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise InvalidRecipe(
+            f"recipe {path} holds a {type(data).__name__}: it must be a mapping of sections, "
+            f"such as {', '.join(Recipe.model_fields)}"
+        )
+    return data
+
+
+def _assign(data: dict[str, Any], assignment: str) -> None:
+    path, separator, value = assignment.partition("=")
+    section, dot, field = path.partition(".")
+    if not (separator and dot and field):
+        raise InvalidRecipe(
+            f"--set {assignment!r} is not section.field=value, such as convert.block_size=32"
+        )
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InvalidRecipe(f"--set {assignment!r}: the value is not valid YAML") from None
+    target = data.setdefault(section, {})
+    if isinstance(target, dict):
+        target[field] = parsed
+
+
+def _all_errors(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(map(str, item["loc"])) or "recipe"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = f"unknown field; known: {', '.join(_known_fields(item['loc'][:-1]))}"
+        elif isinstance(item["input"], (str, int, float, bool, list)):
+            message = f"{message} (got {item['input']!r})"
+        parts.append(f"{where}: {message}")
+    return "; ".join(parts)
+
+
+def _known_fields(loc: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)
