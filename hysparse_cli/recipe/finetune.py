@@ -6,17 +6,42 @@ from pydantic import Field, model_validator
 
 from hysparse_cli.recipe.fields import Beta, Device, Dtype, Fraction, Positive, Real, Section
 
+Objective = Literal["align", "distill", "train"]
+Trainable = Literal["all", "attention", "sparse-attention", "new"]
+Rate = Annotated[Real, Field(gt=0)]
+Weight = Annotated[Real, Field(ge=0)]
+
+
+class StageOptions(Section):
+    """One stage of healing; a field that is None is what ``finetune`` says.
+
+    ``objective``: "align" each sparse layer's attention output with the teacher's, fed the
+    teacher's inputs; "distill" the teacher's logits; "train" on the next token.
+    """
+
+    objective: Objective
+    steps: Positive
+    learning_rate: Rate | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    decay_fraction: Fraction | None = None
+    trainable: Trainable | None = None
+    distill_weight: Fraction | None = None
+    hidden_weight: Weight | None = None
+
 
 class FinetuneOptions(Section):
     """``hysparse finetune``: next-token loss, or with ``teacher`` distillation mixed in.
 
-    A step reads ``batch_size`` rows ``gradient_accumulation`` times. The learning rate warms up for
-    ``warmup_steps`` (a tenth of the steps by default), stays, and decays over the last
-    ``decay_fraction`` of the steps. ``distill_weight`` 1 is distillation alone.
+    ``stages`` run one after the other; without them there is one, of ``steps`` steps: "distill"
+    where there is a teacher, else "train". A step reads ``batch_size`` rows
+    ``gradient_accumulation`` times. The learning rate warms up for ``warmup_steps`` (a tenth of the
+    steps by default), stays, and decays over the last ``decay_fraction`` of the steps.
+    ``distill_weight`` 1 is distillation alone.
     """
 
     data: str | None = None
     text_field: str = "text"
+    stages: list[StageOptions] = []
     steps: Positive = 200
     batch_size: Positive = 8
     gradient_accumulation: Positive = 1
