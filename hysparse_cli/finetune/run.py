@@ -10,11 +10,11 @@ from torch import nn
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.finetune.data import PackedRows
+from hysparse_cli.finetune.objectives import check_objectives
 from hysparse_cli.finetune.output import write_checkpoint
 from hysparse_cli.finetune.result import FinetuneResult, Progress
 from hysparse_cli.finetune.state import begin_or_resume, remove_state
 from hysparse_cli.finetune.trainer import Trainer
-from hysparse_cli.finetune.weights import select_trainable
 from hysparse_cli.loading import Loaded, load
 from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.source import locate
@@ -41,11 +41,11 @@ def finetune(
     with out_of_memory_is(_out_of_memory(options)):
         torch.manual_seed(options.seed)
         loaded, teacher = _load_models(checkpoint, options)
-        parameters = select_trainable(loaded.model, options.trainable)
         if options.gradient_checkpointing:
             _checkpoint_activations(loaded.model)
         rows = PackedRows(options, loaded.tokenizer)
-        trainer = Trainer(loaded.model, parameters, teacher, rows, options)
+        trainer = Trainer(loaded.model, teacher, rows, options)
+        parameters = trainer.weights.parameters
         require_free_space(out, _disk_bytes(loaded.model, parameters, options))
         if state is not None:
             trainer.resume(state)
@@ -86,10 +86,18 @@ def _checkpoint_activations(model: Any) -> None:
 
 
 def _check_data(options: FinetuneOptions) -> None:
+    missing = []
     if options.data is None:
-        raise InvalidRecipe(
-            "finetune.data is not given: name a text or jsonl file to train on (--data)"
+        missing.append("finetune.data is not given: name a text or jsonl file to train on (--data)")
+    needing = dict.fromkeys(s.objective for s in options.resolved_stages() if s.needs_teacher)
+    if options.teacher is None and needing:
+        missing.append(
+            f"finetune.teacher is not given, which {' and '.join(needing)} need: name the dense "
+            "checkpoint that was converted (--teacher)"
         )
+    if missing:
+        raise InvalidRecipe("; ".join(missing))
+    assert options.data is not None
     if not Path(options.data).expanduser().is_file():
         raise UnreadableInput(f"data {options.data}: no such file")
 
@@ -100,17 +108,24 @@ def _load_models(checkpoint: str, options: FinetuneOptions) -> tuple[Loaded, Any
     Raises: InvalidRecipe where they do not.
     """
     loaded = load(checkpoint, dtype=options.dtype, device=options.device)
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
-    if longest is not None and options.sequence_tokens > longest:
-        raise InvalidRecipe(
-            f"finetune.sequence_tokens is {options.sequence_tokens}, but {checkpoint} takes "
-            f"{longest} at most (max_position_embeddings in its config.json)"
-        )
-    if options.teacher is None or options.distill_weight == 0:
+    _check_length(loaded.model, checkpoint, options)
+    stages = options.resolved_stages()
+    if options.teacher is None or not any(stage.needs_teacher for stage in stages):
         return loaded, None
     teacher = load(options.teacher, dtype=options.dtype, device=options.device)
     _check_same_vocabulary(loaded, teacher, options.teacher)
+    _check_length(teacher.model, options.teacher, options)
+    check_objectives(stages, loaded.model, teacher.model)
     return loaded, teacher.model.requires_grad_(False)
+
+
+def _check_length(model: Any, name: str, options: FinetuneOptions) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and options.sequence_tokens > longest:
+        raise InvalidRecipe(
+            f"finetune.sequence_tokens is {options.sequence_tokens}, but {name} takes {longest} at "
+            "most (max_position_embeddings in its config.json)"
+        )
 
 
 def _check_same_vocabulary(student: Loaded, teacher: Loaded, name: str) -> None:

@@ -1,6 +1,6 @@
 """What is trained: a group of parameters, each with a float32 copy where it has fewer bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.families import family_of
+from hysparse_cli.model.config import spec_of
 
 _NEW = ".hysparse."
 
@@ -16,8 +17,8 @@ def select_trainable(model: Any, group: str) -> dict[str, nn.Parameter]:
     """Let gradients reach the parameters of ``group`` only, and return them by name.
 
     Args:
-        group: "all"; "attention": everything below an attention module; "new": what the
-            conversion added.
+        group: "all"; "attention": everything below an attention module; "sparse-attention": that
+            of sparse layers; "new": what the conversion added.
     Raises: InvalidRecipe where the model has none; UnsupportedModel where its family's attention is
         not known.
     """
@@ -40,8 +41,17 @@ def _all(model: Any) -> Callable[[str], bool]:
 
 
 def _attention(model: Any) -> Callable[[str], bool]:
+    return _below_attention(model, range(model.config.num_hidden_layers))
+
+
+def _sparse_attention(model: Any) -> Callable[[str], bool]:
+    spec = spec_of(model.config)
+    return _below_attention(model, () if spec is None else spec.layers.sparse_layers)
+
+
+def _below_attention(model: Any, layers: Iterable[int]) -> Callable[[str], bool]:
     path = family_of(model.config.model_type).attention
-    places = tuple(f"{path.format(layer=i)}." for i in range(model.config.num_hidden_layers))
+    places = tuple(f"{path.format(layer=layer)}." for layer in layers)
     return lambda name: name.startswith(places)
 
 
@@ -52,6 +62,7 @@ def _new(model: Any) -> Callable[[str], bool]:
 _GROUPS: dict[str, Callable[[Any], Callable[[str], bool]]] = {
     "all": _all,
     "attention": _attention,
+    "sparse-attention": _sparse_attention,
     "new": _new,
 }
 
