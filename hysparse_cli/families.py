@@ -15,6 +15,11 @@ class Family:
     def decoder(self) -> str:
         return self.attention.partition(".")[0]
 
+    @property
+    def layer(self) -> str:
+        """The module path of a decoder layer, with ``{layer}`` as in ``attention``."""
+        return self.attention.rpartition(".")[0]
+
 
 FAMILIES: dict[str, Family] = {
     "apertus": Family(),

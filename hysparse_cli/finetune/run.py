@@ -166,10 +166,18 @@ def _checkpoint_activations(model: Any) -> None:
 
 
 def _check_data(options: FinetuneOptions) -> None:
+    missing = []
     if options.data is None:
-        raise InvalidRecipe(
-            "finetune.data is not given: name a text or jsonl file to train on (--data)"
+        missing.append("finetune.data is not given: name a text or jsonl file to train on (--data)")
+    needing = dict.fromkeys(s.objective for s in options.resolved_stages() if s.needs_teacher)
+    if options.teacher is None and needing:
+        missing.append(
+            f"finetune.teacher is not given, which {' and '.join(needing)} need: name the dense "
+            "checkpoint that was converted (--teacher)"
         )
+    if missing:
+        raise InvalidRecipe("; ".join(missing))
+    assert options.data is not None
     if not Path(options.data).expanduser().is_file():
         raise UnreadableInput(f"data {options.data}: no such file")
 
@@ -180,25 +188,24 @@ def _load_models(checkpoint: str, options: FinetuneOptions) -> tuple[Loaded, Any
     Raises: InvalidRecipe where they do not.
     """
     loaded = load(checkpoint, dtype=options.dtype, device="cpu")
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    _check_length(loaded.model, checkpoint, options)
+    stages = options.resolved_stages()
+    if options.teacher is None or not any(stage.needs_teacher for stage in stages):
+        return loaded, None
+    teacher = load(options.teacher, dtype=options.dtype, device="cpu")
+    _check_same_vocabulary(loaded, teacher, options.teacher)
+    _check_length(teacher.model, options.teacher, options)
+    check_objectives(stages, loaded.model, teacher.model)
+    return loaded, teacher.model.requires_grad_(False)
+
+
+def _check_length(model: Any, name: str, options: FinetuneOptions) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and options.sequence_tokens > longest:
         raise InvalidRecipe(
-            f"finetune.sequence_tokens is {options.sequence_tokens}, but {checkpoint} takes "
-            f"{longest} at most (max_position_embeddings in its config.json)"
+            f"finetune.sequence_tokens is {options.sequence_tokens}, but {name} takes {longest} at "
+            "most (max_position_embeddings in its config.json)"
         )
-    stages = options.resolved_stages()
-    teacher = None
-    if any(stage.needs_teacher for stage in stages):
-        if options.teacher is None:
-            raise InvalidRecipe(
-                "finetune.teacher is not given, but a stage aligns or distills: name the dense "
-                "model that was converted (--teacher)"
-            )
-        found = load(options.teacher, dtype=options.dtype, device="cpu")
-        _check_same_vocabulary(loaded, found, options.teacher)
-        teacher = found.model.requires_grad_(False)
-    check_objectives(stages, loaded.model, teacher)
-    return loaded, teacher
 
 
 def _check_same_vocabulary(student: Loaded, teacher: Loaded, name: str) -> None:

@@ -291,4 +291,4 @@ def test_a_real_checkpoint_learns_from_real_text(
     "recipe", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_ready_recipes_are_valid(recipe: Path) -> None:
-    assert load_section(FinetuneOptions, recipe).steps > 0
+    assert load_section(FinetuneOptions, recipe).total_steps > 0
