@@ -6,13 +6,16 @@ transformers are imported inside the commands, so that ``--help`` answers at onc
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from hysparse_cli import processes
 from hysparse_cli.errors import (
     HysparseError,
     InvalidRecipe,
@@ -41,6 +44,10 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda i
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 INTERRUPTED = 130
+
+
+class AlreadySaid(SystemExit):
+    """An exit for which one of the processes of the run has given the reason."""
 
 
 @app.callback()
@@ -203,8 +210,13 @@ def finetune(
         int | None, typer.Option(help="Keep the run's state in OUT.state.  [default: never]")
     ] = None,
     resume: Annotated[
-        bool | None, typer.Option("--resume", help="Go on from the state in OUT.state.")
+        str | None,
+        typer.Option(help="auto: go on where OUT.state has state; or the folder of a state."),
     ] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(help="Start so many processes, one for each GPU.  [default: 1]")
+    ] = None,
+    log_to: Annotated[str | None, typer.Option(help="tensorboard or wandb.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     overwrite: Annotated[
@@ -216,11 +228,17 @@ def finetune(
     from hysparse_cli.recipe import FinetuneOptions, load_section
 
     options = load_section(FinetuneOptions, recipe, assignments, locals())
+    if options.nproc_per_node not in (None, 1) and not processes.is_launched():
+        from hysparse_cli.finetune.launch import launch
+
+        raise AlreadySaid(launch(sys.argv[1:], options.nproc_per_node))
     from hysparse_cli import finetune as finetuning
 
-    with training_steps() as on_step:
+    is_first = processes.rank() == 0
+    with training_steps() if is_first else nullcontext(lambda now: None) as on_step:
         result = finetuning.finetune(checkpoint, out, options, on_step)
-    show(result, as_json)
+    if is_first:
+        show(result, as_json)
 
 
 @app.command()
@@ -369,7 +387,7 @@ def main() -> None:
         _fail("out of memory", OutOfResources.exit_code)
     except SystemExit as stop:
         # typer turns an interrupt inside a command into this exit, without a word
-        if stop.code == INTERRUPTED:
+        if stop.code == INTERRUPTED and not isinstance(stop, AlreadySaid):
             _fail("interrupted; nothing half written is left", INTERRUPTED)
         raise
     finally:  # typer has set a hook of its own
@@ -379,14 +397,26 @@ def main() -> None:
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: object) -> None:
     """What Python calls, before it exits with 1, for whatever ``main`` does not expect."""
-    what = " ".join(f"{kind.__name__}: {error}".split())
-    sys.stderr.write(f"hysparse: bug, please report it (traceback with --debug): {what}\n")
+    if processes.fails_first(exit_code=1):
+        what = " ".join(f"{kind.__name__}: {error}".split())
+        sys.stderr.write(f"hysparse: bug, please report it (traceback with --debug): {what}\n")
+    _leave(1)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    if "--debug" in sys.argv:
-        import traceback
+    if processes.fails_first(exit_code):
+        if "--debug" in sys.argv:
+            import traceback
 
-        traceback.print_exc()
-    sys.stderr.write(f"hysparse: {message}\n")
+            traceback.print_exc()
+        sys.stderr.write(f"hysparse: {message}\n")
+    _leave(exit_code)
     sys.exit(exit_code)
+
+
+def _leave(exit_code: int) -> None:
+    """Leave at once where there are other processes, which would be waited for otherwise."""
+    if processes.world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)

@@ -1,58 +1,107 @@
-"""The training loop, in one process."""
+"""The training loop: stage after stage, in one process or in many."""
 
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import get_wsd_schedule
 
 from hysparse_cli.errors import UnreadableInput
-from hysparse_cli.finetune.data import PackedRows, Row, batches
+from hysparse_cli.finetune.data import PackedRows, Row
+from hysparse_cli.finetune.group import Group
 from hysparse_cli.finetune.losses import count_targets
-from hysparse_cli.finetune.objectives import OBJECTIVES
 from hysparse_cli.finetune.result import Progress, Step
-from hysparse_cli.finetune.state import State, restore_rng, run_of, save_state
+from hysparse_cli.finetune.sharding import Healing, train_only
+from hysparse_cli.finetune.share import own_batches, rows_of_step
+from hysparse_cli.finetune.state import Facts, read_tensors, restore_rng, run_of, save_state
 from hysparse_cli.finetune.watchdog import Watchdog
-from hysparse_cli.finetune.weights import MasterWeights, select_trainable
 from hysparse_cli.recipe import FinetuneOptions
+from hysparse_cli.recipe.finetune import Stage
 
 
 class Trainer:
     """Everything that changes from step to step.
 
     Args:
-        teacher: the model to distill from, on the same device, or None.
-        rows: the data.
+        healing: the sharded model and its teacher.
+        trained: what any stage trains, by name, float32.
+        rows: the data; every process reads all of it.
     """
 
     def __init__(
         self,
-        model: Any,
-        teacher: Any | None,
+        healing: Healing,
+        trained: dict[str, nn.Parameter],
         rows: PackedRows,
         options: FinetuneOptions,
+        group: Group,
     ):
-        self.model, self.teacher, self.rows, self.options = model, teacher, rows, options
+        self.healing, self.trained, self.rows = healing, trained, rows
+        self.options, self.group = options, group
         self.stages = options.resolved_stages()
+        self.ends = list(accumulate(stage.steps for stage in self.stages))
+        self.rows_of_step = rows_of_step(options, group.world_size)
         self.history: list[Step] = []
         self.watchdog = Watchdog(options)
-        self.at_stage = 0
-        self._begin_stage()
+        self._begin_stage(0)
 
-    def _begin_stage(self) -> None:
-        """Choose what is trained, with a new optimiser and schedule."""
-        options, stage = self.options, self.stages[self.at_stage]
-        self.weights = MasterWeights(select_trainable(self.model, stage.trainable))
-        groups = self.weights.groups(options.weight_decay)
+    def run(self, out: Path, checkpoint: Path, on_step: Callable[[Progress], None]) -> float:
+        """Train to the last step, saving state as the options say; returns the seconds it took.
+
+        Raises: QualityGateFailed where the loss or the gradient goes wrong; UnreadableInput where
+            the data is no good; OutOfResources where the disk is full while saving.
+        """
+        begun, first = time.perf_counter(), len(self.history)
+        self.healing.model.train()
+        rows = iter(self.rows)
+        while (done := len(self.history)) < self.ends[-1]:
+            if done == self.ends[self.stage]:
+                self._begin_stage(self.stage + 1)
+            self.history.append(self._step(list(islice(rows, self.rows_of_step))))
+            seconds = time.perf_counter() - begun
+            on_step(self._progress(seconds, first))
+            every = self.options.save_every_steps
+            if every and ((done + 1) % every == 0 or done + 1 == self.ends[-1]):
+                self._save(out, checkpoint)
+        self.healing.model.eval()
+        return time.perf_counter() - begun
+
+    def resume(self, saved: Path, facts: Facts) -> None:
+        """Go on from the state in ``saved``."""
+        self.rows.load_state_dict(facts["rows"])
+        self.history = [Step(**step) for step in facts["history"]]
+        self.watchdog = Watchdog(self.options, self.history)
+        self._begin_stage(facts["stage"])
+        self.schedule.load_state_dict(facts["schedule"])
+        for name in facts["moments"]:
+            weight = self.trained[name]
+            self.optimizer.state[weight] = {
+                "step": torch.zeros((), device=weight.device),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+        read_tensors(saved, self._tensors())
+        restore_rng(facts, self.group)
+
+    def _begin_stage(self, number: int) -> None:
+        """A new optimiser and schedule; steps and data go on."""
+        self.stage = number
+        stage, options = self.stages[number], self.options
+        parameters = train_only(self.healing, stage.trainable)
         self.optimizer = torch.optim.AdamW(
-            [group | {"initial_lr": stage.learning_rate} for group in groups],
+            _groups(parameters, options.weight_decay, stage.learning_rate),
             lr=stage.learning_rate,
             betas=(options.adam_beta1, options.adam_beta2),
             eps=options.adam_epsilon,
+            fused=True,  # else one operation after the other for each sharded weight
         )
         self.schedule = get_wsd_schedule(
             self.optimizer,
@@ -62,93 +111,109 @@ class Trainer:
             last_epoch=0,  # its first step has learning rate 0: leave it out
         )
 
-    def run(self, out: Path, checkpoint: Path, on_step: Callable[[Progress], None]) -> float:
-        """Train to the last step, saving state as the options say; returns the seconds it took.
+    def _step(self, rows: list[Row]) -> Step:
+        stage, group = self.stages[self.stage], self.group
+        tokens = sum(count_targets(_alone(row)) for row in rows)
+        if not tokens:
+            raise UnreadableInput(
+                f"data {self.options.data}: no token has another before it in its document, so "
+                "that nothing can be predicted: give longer documents"
+            )
+        sums = torch.zeros(5, device=group.device)
+        for batch in own_batches(rows, group.rank, group.world_size, self.options.batch_size):
+            sums += self._backward(batch, stage, group.world_size / tokens)
+        found = group.gathered(torch.cat((sums.double(), self._peak_memory())))
+        loss, next_token, distill, align, hidden = (found[:, :-1].sum(0) / tokens).tolist()
+        norm = self._clip()
+        step = Step(
+            number=len(self.history) + 1,
+            stage=self.stage + 1,
+            objective=stage.objective,
+            loss=loss,
+            next_token_loss=next_token,
+            distill_loss=distill,
+            align_loss=align,
+            hidden_loss=hidden,
+            learning_rate=self.schedule.get_last_lr()[0],
+            gradient_norm=norm,
+            tokens=tokens,
+            peak_memory_bytes=int(found[:, -1].max()),
+        )
+        self.watchdog.see(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return step
 
-        Raises: QualityGateFailed where the loss or the gradient is not finite; UnreadableInput
-            where the data is no good; OutOfResources where the disk is full while saving.
+    def _backward(self, batch: Row, stage: Stage, scale: float) -> Tensor:
+        """Add a batch's gradient; returns its ``LossSums``.
+
+        Args:
+            scale: of the loss. FSDP2 takes the mean over the processes, hence times their number.
         """
-        options, begun, first = self.options, time.perf_counter(), len(self.history)
-        self.model.train()
-        stream = batches(self.rows, options.batch_size)
-        total = sum(stage.steps for stage in self.stages)
-        while len(self.history) < total:
-            if len(self.history) == sum(stage.steps for stage in self.stages[: self.at_stage + 1]):
-                self.at_stage += 1
-                self._begin_stage()
-            self.history.append(self._step(stream))
-            self.watchdog.see(self.history[-1])
-            done = len(self.history)
-            seconds = time.perf_counter() - begun
-            tokens = sum(step.tokens for step in self.history[first:])
-            left = seconds / (done - first) * (total - done)
-            on_step(Progress(self.history[-1], total, tokens / seconds, left))
-            every = options.save_every_steps
-            if every and (done % every == 0 or done == total):
-                save_state(out, self._state(checkpoint))
-        self.model.eval()
-        return time.perf_counter() - begun
+        on_device = {name: tensor.to(self.group.device) for name, tensor in batch.items()}
+        total, sums = self.healing(on_device, stage)
+        (total * scale).backward()
+        parts: Tensor = sums
+        return parts
 
-    def resume(self, state: State) -> None:
-        """Go on from ``state``."""
-        self.at_stage = state["stage"]
-        self.model.load_state_dict(state["before"], strict=False)
-        self._begin_stage()
-        self.weights.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.rows.load_state_dict(state["rows"])
-        self.history = [Step(**step) for step in state["history"]]
-        self.watchdog = Watchdog(self.options, self.history)
-        restore_rng(state)
+    def _clip(self) -> float:
+        """The norm of the gradient, which is no longer than ``max_grad_norm`` afterwards."""
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        norm = nn.utils.clip_grad_norm_(weights, self.options.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def _state(self, checkpoint: Path) -> State:
-        return {
-            "step": len(self.history),
+    def _progress(self, seconds: float, first: int) -> Progress:
+        done = len(self.history)
+        tokens = sum(step.tokens for step in self.history[first:])
+        left = seconds / (done - first) * (self.ends[-1] - done)
+        return Progress(self.history[-1], len(self.stages), self.ends[-1], tokens / seconds, left)
+
+    def _peak_memory(self) -> Tensor:
+        """(1,) bytes: of the device where it is a GPU, else of the process."""
+        if self.group.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return torch.tensor([peak], dtype=torch.float64, device=self.group.device)
+
+    def _tensors(self) -> dict[str, Any]:
+        """What is sharded of the state, as it stands; reading it back fills it in place."""
+        weights = {name: weight.detach() for name, weight in self.trained.items()}
+        moments = {name: self.optimizer.state[self.trained[name]] for name in self._moments()}
+        return {"weights": weights, "optimizer": moments}
+
+    def _moments(self) -> list[str]:
+        """Names of the weights that the optimiser has moments of: those that had a gradient."""
+        return [name for name, weight in self.trained.items() if self.optimizer.state.get(weight)]
+
+    def _save(self, out: Path, checkpoint: Path) -> None:
+        facts = {
+            "stage": self.stage,
             "run": run_of(checkpoint, self.options),
-            "stage": self.at_stage,
-            "before": self._trained_before(),
-            "weights": self.weights.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "moments": self._moments(),
             "schedule": self.schedule.state_dict(),
             "rows": self.rows.state_dict(),
             "history": [asdict(step) for step in self.history],
         }
+        save_state(out, len(self.history), self._tensors(), facts, self.group)
 
-    def _trained_before(self) -> dict[str, Tensor]:
-        """What earlier stages trained and this one does not."""
-        if self.at_stage == 0:
-            return {}
-        state: dict[str, Tensor] = self.model.state_dict()
-        return {name: state[name] for name in state if name not in self.weights.masters}
 
-    def _step(self, stream: Iterator[Row]) -> Step:
-        options = self.options
-        group = [next(stream) for _ in range(options.gradient_accumulation)]
-        tokens = sum(count_targets(batch) for batch in group)
-        if not tokens:
-            raise UnreadableInput(
-                f"data {options.data}: no token has another before it in its document, so that "
-                "nothing can be predicted: give longer documents"
-            )
-        sums = torch.stack([self._backward(batch, tokens) for batch in group]).sum(0) / tokens
-        loss, next_token, distill, _align, _hidden = sums.tolist()
-        masters = self.weights.masters.values()
-        norm = float(nn.utils.clip_grad_norm_(masters, options.max_grad_norm))
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.schedule.step()
-        self.weights.publish()
-        number = len(self.history) + 1
-        kl = distill if self.stages[self.at_stage].objective == "distill" else None
-        return Step(number, loss, next_token, kl, learning_rate, norm, tokens)
+def _groups(
+    parameters: dict[str, nn.Parameter], weight_decay: float, learning_rate: float
+) -> list[dict[str, Any]]:
+    """Optimiser groups: matrices decay; vectors and sinks, which are biases, do not."""
+    decays = {n: p.dim() > 1 and not n.endswith(".sinks") for n, p in parameters.items()}
+    return [
+        {
+            "params": [p for n, p in parameters.items() if decays[n] is decayed],
+            "weight_decay": weight_decay if decayed else 0.0,
+            "initial_lr": learning_rate,
+        }
+        for decayed in (True, False)
+    ]
 
-    def _backward(self, batch: Row, tokens: int) -> Tensor:
-        """(5,): the batch's ``LossSums``."""
-        stage = self.stages[self.at_stage]
-        on_device = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        sums = OBJECTIVES[stage.objective](self.model, on_device, self.teacher, stage)
-        torch.autograd.backward(sums.total / tokens)
-        self.weights.take_gradients()
-        return torch.stack(sums).detach().double()
+
+def _alone(row: Row) -> Row:
+    return {name: tensor[None] for name, tensor in row.items()}

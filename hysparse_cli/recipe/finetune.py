@@ -97,6 +97,10 @@ class FinetuneOptions(Section):
     ``data`` is a file, or "hub:" and the name of a data set, of which ``data_subset`` and
     ``data_split`` are read. ``lora_rank`` trains low-rank adapters of the attention projections
     instead of the weights. ``stop_when_rising_steps``: see watchdog.py.
+
+    State is saved in OUT.state every ``save_every_steps`` steps; ``resume`` is "auto" (from there
+    if there is any, else from the start) or a state's folder. ``log_to`` writes scalars to OUT.logs
+    or W&B. ``nproc_per_node`` processes share each step's rows.
     """
 
     data: str | None = None
@@ -126,7 +130,9 @@ class FinetuneOptions(Section):
     gradient_checkpointing: bool = False
     stop_when_rising_steps: Positive | None = 100
     save_every_steps: Positive | None = None
-    resume: bool = False
+    resume: str | None = None
+    log_to: Literal["tensorboard", "wandb"] | None = None
+    nproc_per_node: Positive | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
     seed: int = 0

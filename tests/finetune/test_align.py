@@ -1,23 +1,16 @@
 """Aligning sparse layers with the dense teacher's, against computing each layer by itself."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.families import family_of
 from hysparse_cli.finetune.align import align_sums
 from hysparse_cli.finetune.losses import count_targets
-from hysparse_cli.finetune.objectives import OBJECTIVES, check_objectives
 from hysparse_cli.finetune.run import _checkpoint_activations
 from hysparse_cli.finetune.weights import select_trainable
-from hysparse_cli.loading import load
-from hysparse_cli.recipe import FinetuneOptions
-from hysparse_cli.recipe.finetune import Stage
-from tests.finetune.conftest import Convert
 from tests.model.equivalences import SPEC, ids
 from tests.model.tiny import TINY, dense_model, hysparse_model
 

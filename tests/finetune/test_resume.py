@@ -109,7 +109,7 @@ def test_killed_twice_and_resumed_equals_undisturbed(
     run.communicate()
     assert run.returncode == -signal.SIGKILL
     assert not out.exists()
-    resumed = options.model_copy(update={"resume": True})
+    resumed = options.model_copy(update={"resume": "auto"})
     run = start(KILLED_WHILE_SAVING, checkpoint, out, *arguments(resumed))
     run.communicate()
     assert run.returncode == -signal.SIGKILL
@@ -150,7 +150,7 @@ def test_random_generators_and_masters_are_part_of_the_state(
         with pytest.raises(Stopped):
             finetune(str(tiny_checkpoint), out, options, stop_at(stopped))
         torch.rand(7)
-        resumed = options.model_copy(update={"resume": True})
+        resumed = options.model_copy(update={"resume": "auto"})
         result = finetune(str(tiny_checkpoint), out, resumed, lambda now: None)
         assert result.resumed_at == stopped - 1
         assert result.steps == whole.steps
@@ -170,7 +170,7 @@ def test_a_run_that_fails_to_write_its_checkpoint_need_not_train_again(
         patch.setattr("hysparse_cli.finetune.run.write_checkpoint", fail)
         with pytest.raises(Stopped):
             finetune(name, out, options, lambda now: None)
-    resumed = options.model_copy(update={"resume": True})
+    resumed = options.model_copy(update={"resume": "auto"})
     result = finetune(name, out, resumed, lambda now: None)
     assert result.resumed_at == len(result.steps) == 5
     whole = finetune(name, tmp_path / "whole", options, lambda now: None)
@@ -183,7 +183,7 @@ def test_a_state_is_neither_lost_nor_mixed_up(
 ) -> None:
     options = options_for(documents_file, None)
     out, name = tmp_path / "out", str(tiny_original)
-    resume = options.model_copy(update={"resume": True})
+    resume = options.model_copy(update={"resume": "auto"})
     with pytest.raises(InvalidRecipe, match=r"nothing to resume: .*out\.state/state\.pt"):
         finetune(name, out, resume, lambda now: None)
     with pytest.raises(Stopped):
@@ -245,5 +245,5 @@ def test_a_full_disk_keeps_the_last_good_state(
     assert run.returncode == 5
     assert "disk full while saving step 4" in errors.splitlines()[-1]
     assert [path.name for path in (tmp_path / "out.state").iterdir()] == ["state.pt"]
-    done = hysparse("finetune", tiny_original, out, *arguments(options), "--resume", "--json")
+    done = hysparse("finetune", tiny_original, out, *arguments(options), "--resume", "auto", "--json")
     assert json.loads(done.stdout)["resumed_at"] == 2
