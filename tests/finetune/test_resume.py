@@ -245,5 +245,7 @@ def test_a_full_disk_keeps_the_last_good_state(
     assert run.returncode == 5
     assert "disk full while saving step 4" in errors.splitlines()[-1]
     assert [path.name for path in (tmp_path / "out.state").iterdir()] == ["state.pt"]
-    done = hysparse("finetune", tiny_original, out, *arguments(options), "--resume", "auto", "--json")
+    done = hysparse(
+        "finetune", tiny_original, out, *arguments(options), "--resume", "auto", "--json"
+    )
     assert json.loads(done.stdout)["resumed_at"] == 2
