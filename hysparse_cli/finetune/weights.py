@@ -1,4 +1,4 @@
-"""What is trained: a group of parameters."""
+"""What is trained: a group of parameters, and which of them decay."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -33,6 +33,20 @@ def select_trainable(model: Any, group: str) -> dict[str, nn.Parameter]:
             "or has only full layers; use 'all' or 'attention'"
         )
     return chosen
+
+
+def decay_groups(
+    parameters: dict[str, nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimiser groups: matrices decay; vectors and sinks, which are biases, do not."""
+    decays = {n: p.dim() > 1 and not n.endswith(".sinks") for n, p in parameters.items()}
+    return [
+        {
+            "params": [p for n, p in parameters.items() if decays[n] is decayed],
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
+    ]
 
 
 def _all(model: Any) -> Callable[[str], bool]:
