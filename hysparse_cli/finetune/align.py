@@ -81,7 +81,7 @@ class _After(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, earlier: Tensor) -> Tensor:
         ctx.like = earlier.shape, earlier.dtype, earlier.device
-        return value.view_as(value)
+        return value.clone()  # FSDP2's hooks want no view
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
@@ -165,9 +165,9 @@ class _LayerHooks:
         recording: Recording | None = kwargs.get(_KEYWORD)
         if recording is None:
             return None
-        carried = recording.carried
-        if self.is_sparse:
-            carried = _after(_first(output).detach(), recording.errors[self.layer])
+        earlier = recording.errors[self.layer] if self.is_sparse else recording.carried
+        assert earlier is not None, "before ran before"
+        carried = _after(_first(output).detach(), earlier)
         return (carried, *output[1:]) if isinstance(output, tuple) else carried
 
 
