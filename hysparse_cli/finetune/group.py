@@ -39,9 +39,9 @@ class Group:
 
     def gathered(self, values: Tensor) -> Tensor:
         """(n,) of this process -> (processes, n), the same in all, in the order of the ranks."""
-        found = values.new_empty(self.world_size, *values.shape)
-        dist.all_gather_into_tensor(found, values)
-        return found
+        found = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(found, values)
+        return torch.stack(found)
 
     def from_first(self, value: T) -> T:
         """What the first process gives; the others wait for it, and give what they like."""

@@ -23,6 +23,7 @@ from hysparse_cli.finetune.sharding import Healing, train_only
 from hysparse_cli.finetune.share import own_batches, rows_of_step
 from hysparse_cli.finetune.state import Facts, read_tensors, restore_rng, run_of, save_state
 from hysparse_cli.finetune.watchdog import Watchdog
+from hysparse_cli.finetune.weights import decay_groups
 from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.recipe.finetune import Stage
 
@@ -96,8 +97,9 @@ class Trainer:
         self.stage = number
         stage, options = self.stages[number], self.options
         parameters = train_only(self.healing, stage.trainable)
+        groups = decay_groups(parameters, options.weight_decay)
         self.optimizer = torch.optim.AdamW(
-            _groups(parameters, options.weight_decay, stage.learning_rate),
+            [group | {"initial_lr": stage.learning_rate} for group in groups],
             lr=stage.learning_rate,
             betas=(options.adam_beta1, options.adam_beta2),
             eps=options.adam_epsilon,
@@ -198,21 +200,6 @@ class Trainer:
             "history": [asdict(step) for step in self.history],
         }
         save_state(out, len(self.history), self._tensors(), facts, self.group)
-
-
-def _groups(
-    parameters: dict[str, nn.Parameter], weight_decay: float, learning_rate: float
-) -> list[dict[str, Any]]:
-    """Optimiser groups: matrices decay; vectors and sinks, which are biases, do not."""
-    decays = {n: p.dim() > 1 and not n.endswith(".sinks") for n, p in parameters.items()}
-    return [
-        {
-            "params": [p for n, p in parameters.items() if decays[n] is decayed],
-            "weight_decay": weight_decay if decayed else 0.0,
-            "initial_lr": learning_rate,
-        }
-        for decayed in (True, False)
-    ]
 
 
 def _alone(row: Row) -> Row:

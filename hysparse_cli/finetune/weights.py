@@ -1,4 +1,4 @@
-"""What is trained: a group of parameters."""
+"""What is trained: a group of parameters, and which of them decay."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -47,6 +47,18 @@ def attention_places(model: Any, *, sparse_only: bool) -> tuple[str, ...]:
         layers = () if spec is None else spec.layers.sparse_layers
     path = family_of(model.config.model_type).attention
     return tuple(f"{path.format(layer=layer)}." for layer in layers)
+
+
+def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Optimiser groups: matrices decay; vectors and sinks, which are biases, do not."""
+    decays = {n: p.dim() > 1 and not n.endswith(".sinks") for n, p in parameters.items()}
+    return [
+        {
+            "params": [p for n, p in parameters.items() if decays[n] is decayed],
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
+    ]
 
 
 def _all(model: Any) -> Callable[[str], bool]:

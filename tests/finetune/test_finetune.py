@@ -188,7 +188,7 @@ def test_what_the_user_got_wrong_is_one_line(
         run("--sequence-tokens=513"), 3, "finetune.sequence_tokens is 513", "512", tiny_original
     )
     one_line(run("--trainable=new"), 3, "finetune.trainable is 'new'")
-    one_line(run("--resume"), 3, "nothing to resume", "out.state")
+    one_line(run("--resume", tmp_path / "none"), 3, "nothing to resume", tmp_path / "none", "auto")
     one_line(
         run("--set=finetune.warmup_steps=3"), 3, "warmup_steps 3", "decay_fraction 0.2", "steps 3"
     )
