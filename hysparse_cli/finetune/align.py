@@ -43,7 +43,7 @@ def align_sums(model: Any, batch: Row, teacher: Any) -> LossSums:
         align = N mean over sparse layers of ||o - o'||^2 / ||o'||^2, norms over the batch
 
     with o the attention module's output (after its output projection) and N targets. Full layers
-    run too, for the keys and values they serve, but have no gradient.
+    run for the keys and values they serve; nothing holds their own output to the teacher's.
 
     Args:
         batch: what ``PackedRows`` yields, (B, T) each.

@@ -38,7 +38,7 @@ class StageOptions(Section):
         given = [n for n in ("distill_weight", "hidden_weight") if getattr(self, n) is not None]
         if given and self.objective != "distill":
             raise ValueError(
-                f"{' and '.join(given)} belong to objective distill, not {self.objective}"
+                f"objective {self.objective} takes no {' and no '.join(given)}: leave that out"
             )
         return self
 
