@@ -112,6 +112,13 @@ def convert(
     window_tokens: Annotated[
         int | None, typer.Option(help="Sliding window of a sparse layer.  [default: 128]")
     ] = None,
+    rope_theta: Annotated[
+        float | None,
+        typer.Option(help="New base of the rotary embedding, to heal a longer context."),
+    ] = None,
+    max_position_embeddings: Annotated[
+        int | None, typer.Option(help="New longest input in tokens, to be healed at.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16.  [default: as it is]")
     ] = None,
@@ -195,16 +202,21 @@ def finetune(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     recipe: RecipeFile = None,
     assignments: Assignments = None,
-    data: Annotated[str | None, typer.Option(help="Text or jsonl file (.xz, .gz).")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text or jsonl file (.xz, .gz), parquet file, or hub:NAME, a data set."),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="A dense checkpoint to distill from.  [default: none]")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="[default: 200]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="With stages: of all together.  [default: 200]")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="[default: 8]")] = None,
     sequence_tokens: Annotated[int | None, typer.Option(help="[default: 1024]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="[default: 3e-4]")] = None,
     trainable: Annotated[
-        str | None, typer.Option(help="all, attention or new.  [default: all]")
+        str | None, typer.Option(help="all, attention, sparse-attention or new.  [default: all]")
     ] = None,
     save_every_steps: Annotated[
         int | None, typer.Option(help="Keep the run's state in OUT.state.  [default: never]")
@@ -231,7 +243,7 @@ def finetune(
     if options.nproc_per_node not in (None, 1) and not processes.is_launched():
         from hysparse_cli.finetune.launch import launch
 
-        raise AlreadySaid(launch(sys.argv[1:], options.nproc_per_node))
+        raise AlreadySaid(launch(sys.argv[1:], options))
     from hysparse_cli import finetune as finetuning
 
     is_first = processes.rank() == 0

@@ -26,6 +26,7 @@ from hysparse_cli.checkpoint import (
 )
 from hysparse_cli.convert.model_card import model_card
 from hysparse_cli.convert.plan import Plan, readable
+from hysparse_cli.convert.positions import with_positions
 from hysparse_cli.convert.provenance import provenance
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput, UnsupportedModel
 from hysparse_cli.families import Family, check_rope, family_of
@@ -258,7 +259,7 @@ def _names(
 def _new_config(
     config: dict[str, Any], spec: HysparseSpec, options: ConvertOptions
 ) -> dict[str, Any]:
-    new = converted_config(config, spec)
+    new = converted_config(with_positions(config, options), spec)
     if options.dtype != "auto":
         new.pop("torch_dtype", None)
         new["dtype"] = options.dtype

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from hysparse_cli.checkpoint import copy_side_files
 from hysparse_cli.convert.model_card import UNTRAINED
+from hysparse_cli.finetune.lora import merged
 from hysparse_cli.finetune.result import FinetuneResult
 from hysparse_cli.loading import load
 from hysparse_cli.recipe import FinetuneOptions, to_yaml
@@ -28,10 +29,11 @@ def write_checkpoint(
     """Write weights, config, tokenizer, the recipe so far and the report into ``folder``.
 
     Args:
-        weights: those that were trained; rounded to the dtype that ``checkpoint`` is loaded in.
+        weights: those that were trained, adapters among them; rounded to the dtype that
+            ``checkpoint`` is loaded in.
     """
     loaded = load(checkpoint, dtype=options.dtype, device="cpu")
-    loaded.model.load_state_dict(weights, strict=False)
+    loaded.model.load_state_dict(merged(weights, loaded.model, options), strict=False)
     # save_pretrained refuses a generation config with odd values, after the whole training
     loaded.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     loaded.model.save_pretrained(folder)

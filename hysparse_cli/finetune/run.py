@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from hysparse_cli.devices import out_of_memory_is
-from hysparse_cli.errors import Interrupted, InvalidRecipe, UnreadableInput
+from hysparse_cli.errors import Interrupted, InvalidRecipe
+from hysparse_cli.finetune.corpus import corpus_of
 from hysparse_cli.finetune.data import PackedRows
 from hysparse_cli.finetune.group import Group, joined
+from hysparse_cli.finetune.lora import add_adapters, check_peft
 from hysparse_cli.finetune.objectives import check_objectives
 from hysparse_cli.finetune.output import write_checkpoint
 from hysparse_cli.finetune.result import FinetuneResult, Progress
@@ -45,6 +47,7 @@ def finetune(
     _check_data(options)
     _check_processes(options)
     check_package(options.log_to)
+    check_peft(options)
     with joined(options.device) as group, _interruptible(out):
         rows_of_step(options, group.world_size)
         saved = group.from_first(_prepare(out, source, options) if group.is_first else None)
@@ -58,6 +61,7 @@ def finetune(
             with staged(out, overwrite=options.overwrite, inputs=[source]) as folder:
                 write_checkpoint(folder, checkpoint, weights, options, result)
             remove_state(out)
+        group.from_first(None)  # nobody leaves before the checkpoint is there
     return result
 
 
@@ -73,6 +77,8 @@ def _train(
     facts = read_facts(saved, source, options) if saved is not None else None
     torch.manual_seed(options.seed + group.rank)
     loaded, teacher = _load_models(checkpoint, options)
+    if options.lora_rank is not None:
+        add_adapters(loaded.model, options)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     names = _trained_names(loaded.model, options)
     require_free_space(out, _disk_bytes(loaded.model, names, options))
@@ -168,7 +174,9 @@ def _checkpoint_activations(model: Any) -> None:
 def _check_data(options: FinetuneOptions) -> None:
     missing = []
     if options.data is None:
-        missing.append("finetune.data is not given: name a text or jsonl file to train on (--data)")
+        missing.append(
+            "finetune.data is not given: name a text, jsonl or parquet file, or hub:NAME (--data)"
+        )
     needing = dict.fromkeys(s.objective for s in options.resolved_stages() if s.needs_teacher)
     if options.teacher is None and needing:
         missing.append(
@@ -177,9 +185,7 @@ def _check_data(options: FinetuneOptions) -> None:
         )
     if missing:
         raise InvalidRecipe("; ".join(missing))
-    assert options.data is not None
-    if not Path(options.data).expanduser().is_file():
-        raise UnreadableInput(f"data {options.data}: no such file")
+    corpus_of(options)
 
 
 def _load_models(checkpoint: str, options: FinetuneOptions) -> tuple[Loaded, Any | None]:

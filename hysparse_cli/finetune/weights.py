@@ -9,11 +9,13 @@ from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.families import family_of
 from hysparse_cli.model.config import spec_of
 
-_NEW = ".hysparse."
+NEW, ADAPTER = ".hysparse.", ".lora_"  # in the names of parameters
 
 
 def select_trainable(model: Any, group: str) -> dict[str, nn.Parameter]:
     """Let gradients reach the parameters of ``group`` only, and return them by name.
+
+    In a model with adapters (lora.py) those are the adapters in the group, and what is new.
 
     Args:
         group: "all"; "attention": everything below an attention module; "sparse-attention": that
@@ -22,9 +24,11 @@ def select_trainable(model: Any, group: str) -> dict[str, nn.Parameter]:
         not known.
     """
     belongs = _GROUPS[group](model)
+    adapted = any(ADAPTER in name for name, _ in model.named_parameters())
     chosen = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(belongs(name))
+        weight = adapted and ADAPTER not in name and NEW not in name
+        parameter.requires_grad_(belongs(name) and not weight)
         if parameter.requires_grad:
             chosen[name] = parameter
     if not chosen:
@@ -35,9 +39,17 @@ def select_trainable(model: Any, group: str) -> dict[str, nn.Parameter]:
     return chosen
 
 
-def decay_groups(
-    parameters: dict[str, nn.Parameter], weight_decay: float
-) -> list[dict[str, Any]]:
+def attention_places(model: Any, *, sparse_only: bool) -> tuple[str, ...]:
+    """What the names of everything in the model's attention modules, or sparse ones, begin with."""
+    spec = spec_of(model.config)
+    layers: Iterable[int] = range(model.config.num_hidden_layers)
+    if sparse_only:
+        layers = () if spec is None else spec.layers.sparse_layers
+    path = family_of(model.config.model_type).attention
+    return tuple(f"{path.format(layer=layer)}." for layer in layers)
+
+
+def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Optimiser groups: matrices decay; vectors and sinks, which are biases, do not."""
     decays = {n: p.dim() > 1 and not n.endswith(".sinks") for n, p in parameters.items()}
     return [
@@ -54,22 +66,17 @@ def _all(model: Any) -> Callable[[str], bool]:
 
 
 def _attention(model: Any) -> Callable[[str], bool]:
-    return _below_attention(model, range(model.config.num_hidden_layers))
+    places = attention_places(model, sparse_only=False)
+    return lambda name: name.startswith(places)
 
 
 def _sparse_attention(model: Any) -> Callable[[str], bool]:
-    spec = spec_of(model.config)
-    return _below_attention(model, () if spec is None else spec.layers.sparse_layers)
-
-
-def _below_attention(model: Any, layers: Iterable[int]) -> Callable[[str], bool]:
-    path = family_of(model.config.model_type).attention
-    places = tuple(f"{path.format(layer=layer)}." for layer in layers)
+    places = attention_places(model, sparse_only=True)
     return lambda name: name.startswith(places)
 
 
 def _new(model: Any) -> Callable[[str], bool]:
-    return lambda name: _NEW in name
+    return lambda name: NEW in name
 
 
 _GROUPS: dict[str, Callable[[Any], Callable[[str], bool]]] = {

@@ -4,13 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hysparse_cli.recipe.fields import Dtype, Positive, Section, Size
+from hysparse_cli.recipe.fields import Dtype, Positive, Real, Section, Size
 
 
 class ConvertOptions(Section):
     """``hysparse convert``: one of ``ratio``, ``pattern``, ``full_layers`` places the full layers.
 
-    Where none is given, the ratio is 1:3.
+    Where none is given, the ratio is 1:3. ``rope_theta`` is a new base of the rotary embedding and
+    ``max_position_embeddings`` a new longest input, for a model that will be healed at that length.
     """
 
     layout: Literal["hysparse", "hybrid-swa", "full"] = "hysparse"
@@ -21,6 +22,8 @@ class ConvertOptions(Section):
     block_size: Positive = 64
     top_k_tokens: Positive = 1024
     window_tokens: Annotated[int, Field(gt=1)] = 128
+    rope_theta: Annotated[Real, Field(gt=0)] | None = None
+    max_position_embeddings: Positive | None = None
     dtype: Dtype = "auto"
     max_shard_size: Size = "5GB"
     revision: str | None = None

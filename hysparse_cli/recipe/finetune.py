@@ -126,7 +126,7 @@ class FinetuneOptions(Section):
     hidden_weight: Weight = 0.0
     trainable: Trainable = "all"
     lora_rank: Positive | None = None
-    lora_alpha: Annotated[Real, Field(gt=0)] | None = None
+    lora_alpha: Positive | None = None
     gradient_checkpointing: bool = False
     stop_when_rising_steps: Positive | None = 100
     save_every_steps: Positive | None = None

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -153,7 +153,10 @@ def _all_errors(error: ValidationError) -> str:
 def _known_fields(loc: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in loc:
-        annotation = model.model_fields[str(part)].annotation
+        if isinstance(part, int):  # in a list of sections
+            continue
+        annotation = model.model_fields[part].annotation
+        annotation = next(iter(get_args(annotation)), annotation)
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
         model = annotation
     return list(model.model_fields)

@@ -1,4 +1,4 @@
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from hysparse_cli.finetune import losses
-from hysparse_cli.finetune.data import IGNORED, PackedRows, batches
+from hysparse_cli.finetune.data import IGNORED, PackedRows
 from hysparse_cli.finetune.losses import count_targets, distill_sums, next_token_sums
+from hysparse_cli.finetune.share import own_batches
 from hysparse_cli.loading import load
 from hysparse_cli.recipe import FinetuneOptions
 from tests.finetune.conftest import Convert
@@ -34,7 +35,8 @@ def teacher(tiny_original: Path) -> Any:
 @pytest.fixture
 def batch(documents_file: Path, tiny_original: Path) -> Batch:
     options = FinetuneOptions(data=str(documents_file), sequence_tokens=48)
-    return next(batches(PackedRows(options, load(str(tiny_original)).tokenizer), 3))
+    rows = islice(PackedRows(options, load(str(tiny_original)).tokenizer), 3)
+    return next(own_batches(list(rows), 0, 1, 3))
 
 
 def plain_losses(model: Any, teacher: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
