@@ -243,7 +243,7 @@ def finetune(
     if options.nproc_per_node not in (None, 1) and not processes.is_launched():
         from hysparse_cli.finetune.launch import launch
 
-        raise AlreadySaid(launch(sys.argv[1:], options.nproc_per_node))
+        raise AlreadySaid(launch(sys.argv[1:], options))
     from hysparse_cli import finetune as finetuning
 
     is_first = processes.rank() == 0

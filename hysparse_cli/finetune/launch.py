@@ -13,16 +13,21 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hysparse_cli.errors import HysparseError, Interrupted, OutOfResources
+from hysparse_cli.finetune.share import rows_of_step
 from hysparse_cli.processes import claimed_exit_code
+from hysparse_cli.recipe import FinetuneOptions
 
 
-def launch(arguments: Sequence[str], num_processes: int) -> int:
-    """Run ``hysparse`` with ``arguments`` in so many processes; returns their exit code.
+def launch(arguments: Sequence[str], options: FinetuneOptions) -> int:
+    """Run ``hysparse`` with ``arguments``, which say ``options``; returns the exit code.
 
     A process that fails says why itself; where it can't, since it was killed, that is raised here.
 
-    Raises: OutOfResources where a process was killed; Interrupted on an interrupt.
+    Raises: OutOfResources where a process was killed; Interrupted on an interrupt; InvalidRecipe
+        where so many processes can't share the rows of a step.
     """
+    num_processes = options.nproc_per_node or 1
+    rows_of_step(options, num_processes)
     logging.disable(logging.CRITICAL)  # the launcher's own, of processes that it has to end
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

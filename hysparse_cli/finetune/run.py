@@ -61,6 +61,7 @@ def finetune(
             with staged(out, overwrite=options.overwrite, inputs=[source]) as folder:
                 write_checkpoint(folder, checkpoint, weights, options, result)
             remove_state(out)
+        group.from_first(None)  # nobody leaves before the checkpoint is there
     return result
 
 

@@ -82,9 +82,20 @@ def _wandb(out: Path, options: FinetuneOptions, resumed_at: int) -> Iterator[Wri
 
     folder = logs_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
-    run: Any = wandb.init(
-        project="hysparse", name=out.name, dir=str(folder), config=options.model_dump(mode="json")
-    )
+    try:
+        run: Any = wandb.init(
+            project="hysparse",
+            name=out.name,
+            dir=str(folder),
+            config=options.model_dump(mode="json"),
+            settings=wandb.Settings(console="off"),
+        )
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise InvalidRecipe(
+            f"finetune.log_to is 'wandb', which refuses: {reason}; WANDB_MODE=offline writes to "
+            f"{folder} alone"
+        ) from None
     try:
         yield lambda values, number: run.log(values, step=number)
     finally:
