@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hysparse_cli.families import family_of
 from hysparse_cli.finetune.data import Row
-from hysparse_cli.finetune.losses import LossSums, count_targets, relative_error
+from hysparse_cli.finetune.losses import LossSums, relative_error, weighted
 from hysparse_cli.logits import hidden_states
 from hysparse_cli.model.config import spec_of
 
@@ -27,7 +27,7 @@ class Recording:
     """What the teacher's layers read and gave in one forward, and what the student made of it.
 
     inputs: each layer's hidden states. outputs: by sparse layer, its attention module's output.
-    errors: by sparse layer, the student's relative squared error. (B, T, hidden) each; scalars.
+    errors: by sparse layer, the student's relative squared error. (B, T, hidden) each; (B,).
     """
 
     def __init__(self) -> None:
@@ -40,10 +40,11 @@ class Recording:
 def align_sums(model: Any, batch: Row, teacher: Any) -> LossSums:
     """How far the sparse layers' attention is from the teacher's on one packed batch.
 
-        align = N mean over sparse layers of ||o - o'||^2 / ||o'||^2, norms over the batch
+        align = sum over rows of n mean over sparse layers of ||o - o'||^2 / ||o'||^2
 
-    with o the attention module's output (after its output projection) and N targets. Full layers
-    run for the keys and values they serve; nothing holds their own output to the teacher's.
+    with o the attention module's output (after its output projection), norms over a row and n its
+    targets. Full layers run for the keys and values they serve; nothing holds their own output to
+    the teacher's.
 
     Args:
         batch: what ``PackedRows`` yields, (B, T) each.
@@ -59,8 +60,8 @@ def align_sums(model: Any, batch: Row, teacher: Any) -> LossSums:
         _hook(model, sparse)
         setattr(model, _HOOKED, True)
     last = hidden_states(model, batch["input_ids"], **inputs, **{_KEYWORD: recording})
-    error = torch.stack([recording.errors[layer] for layer in sparse]).mean()
-    align = count_targets(batch) * (error + last[:0].float().sum())
+    align = weighted(batch, [recording.errors[layer] for layer in sparse])
+    align = align + last[:0].float().sum()
     zero = torch.zeros_like(align)
     return LossSums(align, zero, zero, align, zero)
 

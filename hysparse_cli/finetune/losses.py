@@ -50,7 +50,9 @@ def distill_sums(
 
         total = (1 - distill_weight) next_token + distill_weight distill + hidden_weight hidden
         distill = sum_t sum_v q(v) (log q(v) - log p(v))
-        hidden = N mean over layers of ||h - h'||^2 / ||h'||^2, norms over the batch
+        hidden = sum over rows of n mean over layers of ||h - h'||^2 / ||h'||^2
+
+    The norms are over a row, of n targets, so that sums don't depend on how rows are batched.
 
     Logits are computed, and computed again for the gradient, for one chunk of targets at a time.
 
@@ -67,16 +69,32 @@ def distill_sums(
     total = (1 - distill_weight) * next_token + distill_weight * distill
     hidden = torch.zeros_like(total)
     if hidden_weight:
-        hidden = count_targets(batch) * _mean_relative_error(states, targets)
+        hidden = weighted(
+            batch,
+            [
+                checkpoint(relative_error, state, target, use_reentrant=False)
+                for state, target in zip(states, targets, strict=True)
+            ],
+        )
         total = total + hidden_weight * hidden
     return LossSums(total, next_token, distill, torch.zeros_like(total), hidden)
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """||output - target||^2 / ||target||^2 in float32, a scalar; ``target`` has no gradient."""
+    """(B,) ||output - target||^2 / ||target||^2 of each row of (B, T, hidden), in float32.
+
+    ``target`` has no gradient.
+    """
     target = target.detach().float()
     smallest = torch.finfo(torch.float32).tiny
-    return (output.float() - target).square().sum() / target.square().sum().clamp_min(smallest)
+    norms = target.square().sum((1, 2)).clamp_min(smallest)
+    return (output.float() - target).square().sum((1, 2)) / norms
+
+
+def weighted(batch: Row, errors: Sequence[Tensor]) -> Tensor:
+    """The mean of ``errors``, (B,) each, times each row's number of targets, summed."""
+    num_targets = (batch["labels"][:, 1:] != IGNORED).sum(1)  # [B]
+    return (num_targets * torch.stack(list(errors)).mean(0)).sum()
 
 
 def _states(model: Any, batch: Row, each_layer: bool) -> list[Tensor]:
@@ -85,14 +103,6 @@ def _states(model: Any, batch: Row, each_layer: bool) -> list[Tensor]:
     if each_layer:
         return layer_states(model, ids, position_ids=positions)
     return [hidden_states(model, ids, position_ids=positions)]
-
-
-def _mean_relative_error(states: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    errors = [
-        checkpoint(relative_error, state, target, use_reentrant=False)
-        for state, target in zip(states, targets, strict=True)
-    ]
-    return torch.stack(errors).mean()
 
 
 def _chunked_sums(

@@ -116,8 +116,9 @@ def save_state(out: Path, number: int, tensors: Tensors, facts: Facts, group: Gr
             sync_tree(partial)
             _replace(folder, partial, f"{_STEP}{number:09}")
     except (OSError, CheckpointException, RuntimeError) as error:
-        cause = _no_space(error)
-        if cause is None:
+        if isinstance(error, CheckpointException) and _interrupted(error):
+            raise KeyboardInterrupt from error
+        if not _no_space(error):
             raise
         if group.is_first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -192,16 +193,20 @@ def _replace(folder: Path, partial: Path, name: str) -> None:
             shutil.rmtree(old)
 
 
-def _no_space(error: BaseException) -> BaseException | None:
-    """What says that the disk is full, among ``error`` and its causes."""
+def _interrupted(error: CheckpointException) -> bool:
+    return any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values())
+
+
+def _no_space(error: BaseException) -> bool:
+    """Whether ``error`` or what caused it says that the disk is full."""
     if isinstance(error, CheckpointException):
-        return next(filter(None, (_no_space(e) for e, _ in error.failures.values())), None)
+        return any(_no_space(failure) for failure, _ in error.failures.values())
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError) and found.errno in _NO_SPACE:
-            return found
+            return True
         found = found.__cause__ or found.__context__
-    return None
+    return False
 
 
 def _unreadable(what: Path, error: BaseException) -> UnreadableInput:

@@ -84,8 +84,15 @@ def one_by_one(model: Any, teacher: Any, batch: Batch) -> Tensor:
     for handle in handles:
         handle.remove()
     sparse = SPEC.layers.sparse_layers
-    errors = [((found[i] - target[i]) ** 2).sum() / (target[i] ** 2).sum() for i in sparse]
-    return count_targets(batch) * sum(errors, torch.zeros(())) / len(sparse)
+    num_targets = (batch["labels"][:, 1:] != IGNORED).sum(1)
+    errors = [
+        num_targets[row]
+        * ((found[i][row] - target[i][row]) ** 2).sum()
+        / (target[i][row] ** 2).sum()
+        for i in sparse
+        for row in range(len(num_targets))
+    ]
+    return sum(errors, torch.zeros(())) / len(sparse)
 
 
 CHECKPOINTED = ("llama", "gpt_neox", "gpt_oss")

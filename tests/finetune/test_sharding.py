@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from hysparse_cli.finetune.data import PackedRows, Row, batches
+from hysparse_cli.finetune.data import PackedRows, Row
 from hysparse_cli.finetune.group import Group, joined
 from hysparse_cli.finetune.objectives import OBJECTIVES
 from hysparse_cli.finetune.run import _checkpoint_activations
 from hysparse_cli.finetune.sharding import sharded, train_only, whole
+from hysparse_cli.finetune.share import own_batches
 from hysparse_cli.finetune.weights import select_trainable
 from hysparse_cli.loading import load
 from hysparse_cli.recipe import FinetuneOptions
@@ -40,7 +41,8 @@ def stage_of(objective: str, **options: Any) -> Stage:
 
 def batch_of(documents_file: Path, tokenizer: Any) -> Row:
     options = FinetuneOptions(data=str(documents_file), sequence_tokens=48, shuffle_rows=1)
-    return next(batches(PackedRows(options, tokenizer), 3))
+    rows = iter(PackedRows(options, tokenizer))
+    return next(own_batches([next(rows) for _ in range(3)], 0, 1, 3))
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
