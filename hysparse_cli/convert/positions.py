@@ -5,8 +5,8 @@ from typing import Any
 from hysparse_cli.errors import UnsupportedModel
 from hysparse_cli.recipe import ConvertOptions
 
-_LONGEST = "max_position_embeddings"
-_BASES = ("rope_theta", "rotary_emb_base")  # gpt_neox has the latter
+_PARAMETERS, _LONGEST = "rope_parameters", "max_position_embeddings"
+_BASE, _GPT_NEOX_BASE = "rope_theta", "rotary_emb_base"
 
 
 def with_positions(config: dict[str, Any], options: ConvertOptions) -> dict[str, Any]:
@@ -24,9 +24,8 @@ def with_positions(config: dict[str, Any], options: ConvertOptions) -> dict[str,
     new = dict(config)
     if options.max_position_embeddings is not None:
         new[_LONGEST] = options.max_position_embeddings
-    for name in ("rope_parameters", "rope_scaling"):
-        scaling = new.get(name)
-        for part in _parts(scaling):
+    for name in (_PARAMETERS, "rope_scaling"):
+        for part in _parts(config.get(name)):
             kind = part.get("rope_type", part.get("type", "default"))
             if kind != "default":
                 raise UnsupportedModel(
@@ -34,14 +33,12 @@ def with_positions(config: dict[str, Any], options: ConvertOptions) -> dict[str,
                     "it has: leave rope_theta and max_position_embeddings out"
                 )
     if options.rope_theta is not None:
-        for name in _BASES:
-            if name in new:
-                new[name] = options.rope_theta
-        parameters = new.get("rope_parameters")
-        if isinstance(parameters, dict):
-            new["rope_parameters"] = _with_base(parameters, options.rope_theta)
-        elif not any(name in new for name in _BASES):
-            new["rope_theta"] = options.rope_theta
+        places = {name for name in (_BASE, _GPT_NEOX_BASE) if name in config}
+        if isinstance(rope := config.get(_PARAMETERS), dict):
+            new[_PARAMETERS] = _with_base(rope, options.rope_theta)
+        elif not places:
+            places = {_GPT_NEOX_BASE if config.get("model_type") == "gpt_neox" else _BASE}
+        new |= dict.fromkeys(places, options.rope_theta)
     return new
 
 
@@ -55,7 +52,7 @@ def _parts(rope: Any) -> list[dict[str, Any]]:
 def _with_base(rope: dict[str, Any], rope_theta: float) -> dict[str, Any]:
     if any(isinstance(part, dict) for part in rope.values()):
         return {
-            name: {**part, "rope_theta": rope_theta} if isinstance(part, dict) else part
+            name: {**part, _BASE: rope_theta} if isinstance(part, dict) else part
             for name, part in rope.items()
         }
-    return {**rope, "rope_theta": rope_theta}
+    return {**rope, _BASE: rope_theta}

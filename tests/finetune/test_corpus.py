@@ -77,6 +77,19 @@ def test_rows_of_a_data_set_go_on_to_the_token(
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_on_a_data_set_is_that_on_its_documents_in_one_file(
+    hysparse: Hysparse, tiny_original: Path, folder: Path, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "all.jsonl", TEXTS)
+    losses = []
+    for number, data in enumerate((tmp_path / "all.jsonl", f"hub:{folder}")):
+        flags = ("--data", data, "--steps", 3, "--batch-size", 2, "--sequence-tokens", 16, "--json")
+        run = hysparse("finetune", tiny_original, tmp_path / f"out-{number}", *flags)
+        assert run.exit_code == 0, run.stderr
+        losses.append([step["loss"] for step in json.loads(run.stdout)["steps"]])
+    assert losses[0] == losses[1]
+
+
 def test_a_parquet_file_holds_a_document_a_row(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, ["one", "", "two"])

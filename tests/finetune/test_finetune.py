@@ -216,6 +216,21 @@ def test_a_teacher_with_another_vocabulary_is_refused(
     one_line(run, 3, f"finetune.teacher {tiny_checkpoint} has another vocabulary", "but others")
 
 
+def test_a_teacher_that_takes_less_is_refused(
+    hysparse: Hysparse,
+    tiny_original: Path,
+    tiny_checkpoint: Path,
+    documents_file: Path,
+    tmp_path: Path,
+) -> None:
+    config = tiny_checkpoint / "config.json"
+    shorter = {**json.loads(config.read_text()), "max_position_embeddings": 128}
+    config.write_text(json.dumps(shorter))
+    args = (tiny_original, tmp_path / "out", "--data", documents_file, "--sequence-tokens=256")
+    run = hysparse("finetune", *args, "--teacher", tiny_checkpoint)
+    one_line(run, 3, "finetune.sequence_tokens is 256", f"{tiny_checkpoint} takes 128 at most")
+
+
 def test_data_of_single_tokens_is_refused(
     hysparse: Hysparse, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,8 @@ def test_groups_choose_parameters(converted: Convert) -> None:
     assert set(select_trainable(model, "all")) == everything
     attention = set(select_trainable(model, "attention"))
     assert attention == {name for name in everything if ".self_attn." in name}
+    sparse = set(select_trainable(model, "sparse-attention"))
+    assert sparse == {name for name in attention if name.split(".")[2] in ("1", "2")}
     new = set(select_trainable(model, "new"))
     assert new == {
         f"model.layers.{layer}.self_attn.hysparse.{name}"
