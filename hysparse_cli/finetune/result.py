@@ -20,7 +20,8 @@ class Step:
     ``loss`` is what is minimised, per predicted token. ``next_token_loss`` and ``distill_loss``,
     KL(teacher || model), are in nats, ``align_loss`` and ``hidden_loss`` are relative squared
     errors; each is 0 where the stage does not measure it. ``tokens`` are those that were predicted.
-    ``peak_memory_bytes`` so far is of the fullest GPU, or of the largest process on a CPU.
+    ``seconds`` are this step's, from reading its data to its update. ``peak_memory_bytes`` so far
+    is of the fullest GPU, or of the largest process on a CPU.
     """
 
     number: int
@@ -34,6 +35,7 @@ class Step:
     learning_rate: float
     gradient_norm: float
     tokens: int
+    seconds: float = field(compare=False)
     peak_memory_bytes: int = field(compare=False)
 
     def parts(self) -> dict[str, float]:

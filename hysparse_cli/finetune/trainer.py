@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import accumulate, islice
 from pathlib import Path
@@ -66,7 +66,7 @@ class Trainer:
         while (done := len(self.history)) < self.ends[-1]:
             if done == self.ends[self.stage]:
                 self._begin_stage(self.stage + 1)
-            self.history.append(self._step(list(islice(rows, self.rows_of_step))))
+            self.history.append(self._step(rows))
             seconds = time.perf_counter() - begun
             on_step(self._progress(seconds, first))
             every = self.options.save_every_steps
@@ -113,8 +113,9 @@ class Trainer:
             last_epoch=0,  # its first step has learning rate 0: leave it out
         )
 
-    def _step(self, rows: list[Row]) -> Step:
-        stage, group = self.stages[self.stage], self.group
+    def _step(self, stream: Iterator[Row]) -> Step:
+        stage, group, begun = self.stages[self.stage], self.group, time.perf_counter()
+        rows = list(islice(stream, self.rows_of_step))
         tokens = sum(count_targets(_alone(row)) for row in rows)
         if not tokens:
             raise UnreadableInput(
@@ -139,6 +140,7 @@ class Trainer:
             learning_rate=self.schedule.get_last_lr()[0],
             gradient_norm=norm,
             tokens=tokens,
+            seconds=time.perf_counter() - begun,
             peak_memory_bytes=int(found[:, -1].max()),
         )
         self.watchdog.see(step)

@@ -53,6 +53,7 @@ def test_a_terminal_shows_a_live_table(
         learning_rate=3e-4,
         gradient_norm=0.7,
         tokens=1000,
+        seconds=2.0,
         peak_memory_bytes=12_340_000_000,
     )
     with training_steps() as on_step:
