@@ -47,8 +47,8 @@ def select(
     model = fingerprint(checkpoint)
     scores = read_scores(path, model, options) if path.exists() else None
     if scores is None or (strategy.path is not None and options.strategy not in scores.paths):
-        scores = _measure(source, options, strategy, model, scores, on_progress)
-        scores.write(path)
+        _measure(source, options, strategy, model, scores, on_progress).write(path)
+        scores = read_scores(path, model, options)  # rounded as every later run will find it
     pattern = strategy.pick(scores, uniform.count(layouts.FULL))
     return Selection(
         strategy=options.strategy,
@@ -104,23 +104,21 @@ def _measure(
                 f"{source.name} gives NaN or infinity on the calibration text: its weights are "
                 "damaged, or it needs another dtype"
             )
-        scores = Scores(
+        scores = known or Scores(
             model=model_fingerprint,
             sizes=sizes,
             text=text,
             environment=describe(model.device),
             overlap=fitted.overlap,
         )
-        if known is not None:
-            scores = known
         if strategy.path is not None:
             variants = Variants(model, rows, spec, fitted.gate_logits)
-            _search(options.strategy or "", strategy, variants, scores, num_layers, on_progress)
+            _search(options, strategy, variants, scores, num_layers, on_progress)
     return scores
 
 
 def _search(
-    name: str,
+    options: ConvertOptions,
     strategy: Strategy,
     variants: Variants,
     scores: Scores,
@@ -136,15 +134,15 @@ def _search(
     def on_row() -> None:
         nonlocal done
         done += 1
-        on_progress(f"{name}: patterns", done, max(done, total))
+        on_progress(f"{options.strategy}: patterns", done, max(done, total))
 
     def cost(pattern: str) -> float:
         if pattern not in scores.losses:
             scores.losses[pattern] = asdict(variants.quality(pattern, on_row))
         return scores.losses[pattern][strategy.metric]
 
-    assert strategy.path is not None
-    scores.paths[name] = strategy.path(num_layers, cost)
+    assert strategy.path is not None and options.strategy is not None
+    scores.paths[options.strategy] = strategy.path(num_layers, cost)
     for pattern in uniform:
         cost(pattern)
 
