@@ -80,6 +80,12 @@ class Plan:
                 f"full layers that see a sliding window only in the dense model: {layers}; they "
                 "attend to everything now, which longer contexts need healing for"
             )
+        longest = self.config.get("max_position_embeddings")
+        if self.fit is not None and longest is not None and self.fit.context > longest:
+            found.append(
+                f"context {self.fit.context} is more than the {longest} tokens that the dense "
+                "model reads"
+            )
         if self.unused:
             found.append(
                 f"{len(self.unused)} tensors are kept but transformers will not load them, such "

@@ -49,16 +49,7 @@ from hysparse_cli.staging import require_free_space, staged
 
 DEFAULT_RATIO = "1:3"
 # what a pattern stands for once it is chosen, and what chose it
-_PLACEMENT = (
-    "ratio",
-    "full_layers",
-    "strategy",
-    "fit",
-    "context",
-    "batch",
-    "calibration",
-    "scores",
-)
+_PLACEMENT = ("ratio", "full_layers", "strategy", "fit", "context", "batch", "scores")
 RECIPE_NAME, REPORT_NAME = "hysparse_recipe.yaml", "hysparse_report.json"
 OnProgress = Callable[[int, int], None]
 
@@ -235,11 +226,6 @@ def _fit(
     assert options.fit is not None
     num_layers = dense.num_hidden_layers
     context = options.context or dense.max_position_embeddings
-    if context > dense.max_position_embeddings:
-        raise InvalidRecipe(
-            f"convert.context {context} is longer than the model reads: at most "
-            f"{dense.max_position_embeddings} tokens"
-        )
     weights = checkpoint.size
     if options.dtype != "auto":
         weights = itemsize * sum(math.prod(t.shape) for t in checkpoint.tensors.values())

@@ -71,6 +71,11 @@ class ConvertOptions(Section):
             )
         if self.fit is None and (self.context is not None or self.batch is not None):
             raise ValueError("context and batch say what is to fit: give fit, such as 24GiB, too")
+        if self.fit is not None and (self.layout == "full" or not self.last_layer_full):
+            raise ValueError(
+                "fit places sparse layers between a full first and a full last one: it goes "
+                "neither with layout full nor with last_layer_full=false"
+            )
         if self.measures:
             self._check_scored()
         elif self.scores is not None:

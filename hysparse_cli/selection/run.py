@@ -125,11 +125,11 @@ def _search(
     num_layers: int,
     on_progress: Progress,
 ) -> None:
-    """Walk the strategy's path, and measure the uniform pattern of every number of full layers."""
-    fewest = min(2, num_layers)
-    uniform = [layouts.uniform(n, num_layers).pattern for n in range(fewest, num_layers + 1)]
-    rows = len(variants.rows)
-    total, done = (path_steps(num_layers) + len(uniform)) * rows, 0
+    """Walk the strategy's path, and measure every uniform pattern, whatever will be asked for."""
+    uniform = [layouts.from_ratio(f"1:{n}", num_layers) for n in range(num_layers)]
+    uniform += [layouts.uniform(n, num_layers) for n in range(min(2, num_layers), num_layers + 1)]
+    patterns = {layout.pattern for layout in uniform}
+    total, done = (path_steps(num_layers) + len(patterns)) * len(variants.rows), 0
 
     def on_row() -> None:
         nonlocal done
@@ -143,7 +143,7 @@ def _search(
 
     assert strategy.path is not None and options.strategy is not None
     scores.paths[options.strategy] = strategy.path(num_layers, cost)
-    for pattern in uniform:
+    for pattern in sorted(patterns):
         cost(pattern)
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hysparse_cli.layout import uniform
 from tests.conftest import Hysparse
+from tests.model import tiny
 
 SMALL = ("--block-size", 8, "--top-k-tokens", 16, "--window-tokens", 8)
 TEXT = ("--calibration-tokens", 512, "--set", "convert.calibration_sequence_tokens=256")
@@ -37,7 +39,8 @@ def test_a_strategy_places_as_many_full_layers_as_uniform(
     recipe = (out / "hysparse_recipe.yaml").read_text()
     assert f"pattern: {pattern}" in recipe
     again = tmp_path / "again"
-    assert hysparse("convert", stories_260k, again, "--recipe", out / "hysparse_recipe.yaml")
+    recipe_file = ("--recipe", out / "hysparse_recipe.yaml")
+    assert hysparse("convert", stories_260k, again, *recipe_file).exit_code == 0
     assert (again / "config.json").read_bytes() == (out / "config.json").read_bytes()
 
 
@@ -75,6 +78,21 @@ def test_another_ratio_is_planned_from_the_file_without_the_model(
         )
         assert json.loads(other.stdout)["selection"]["pattern"].count("F") == 3
     assert scores.read_bytes() == before and not (tmp_path / "out").exists()
+
+
+def test_the_file_has_every_uniform_pattern_that_a_ratio_gives(
+    hysparse: Hysparse, tiny_original: Path, tmp_path: Path
+) -> None:
+    dense = tmp_path / "dense"
+    config = tiny.dense_config("llama", num_hidden_layers=10)
+    AutoModelForCausalLM.from_config(config).save_pretrained(dense)  # type: ignore[no-untyped-call]
+    AutoTokenizer.from_pretrained(tiny_original).save_pretrained(dense)
+    options = ("--strategy", "greedy", "--dry-run", "--json", *SMALL, *TEXT)
+    for sparse in (4, 5, 6, 7):  # four patterns of three full layers; a path tries two
+        run = hysparse("convert", dense, tmp_path / "out", *options, "--ratio", f"1:{sparse}")
+        assert run.exit_code == 0, run.stderr
+        selection = json.loads(run.stdout)["selection"]
+        assert selection["pattern"].count("F") == selection["uniform_pattern"].count("F")
 
 
 def test_scoring_repeats_bit_by_bit(
@@ -130,7 +148,7 @@ def test_scores_of_another_model_or_of_other_options_are_refused(
         (("--batch", "8"), "give fit"),
         (("--fit", "much"), "not a size such as"),
         (("--fit", "1GiB", "--context", "1k,2k"), "is not one length"),
-        (("--fit", "1GiB", "--context", "4k"), "convert.context 4096 is longer"),
+        (("--fit", "1GiB", "--no-last-layer-full"), "neither with layout full nor with"),
         (("--fit", "1KB"), "only 2 of 4 layers full"),
         (("--strategy", "dp", "--scores", "nowhere/file.json"), "there is no folder nowhere"),
         (("--strategy", "dp", *TEXT[:3], "convert.calibration_sequence_tokens=1024"), "is longer"),
@@ -182,8 +200,10 @@ def test_fit_places_the_most_full_layers_that_fit(
     scored = planned(full - 1, "--strategy", "dp", *TEXT)
     assert scored["selection"]["pattern"].count("F") == 3
     assert scored["selection"]["uniform_pattern"] == less["hysparse"]["pattern"]
-    run = hysparse("convert", tiny_original, tmp_path / "out", "--dry-run", "--fit", "1GB")
+    fit = ("--fit", "1GB", "--context", "4k")
+    run = hysparse("convert", tiny_original, tmp_path / "out", "--dry-run", *fit)
     assert "4 of 4 layers full fit" in " ".join(run.stdout.split())
+    assert "more than the 512 tokens that the dense model reads" in run.stderr
 
 
 def test_uniform_has_as_many_full_layers_as_asked_and_is_the_papers_where_a_ratio_is() -> None:
