@@ -8,6 +8,8 @@ from hysparse_cli.checkpoint import Checkpoint
 from hysparse_cli.kv_cache import KvCache
 from hysparse_cli.model.config import HysparseSpec, NewTensor
 from hysparse_cli.recipe import ConvertOptions
+from hysparse_cli.selection.fit import Fit
+from hysparse_cli.selection.result import Selection
 from hysparse_cli.source import Source
 
 CONTEXTS = {"8k": 8192, "32k": 32768, "128k": 131072}
@@ -36,6 +38,8 @@ class Plan:
     unused: tuple[str, ...]
     dense_kv: KvCache
     kv: KvCache
+    fit: Fit | None
+    selection: Selection | None
 
     @property
     def num_layers(self) -> int:
@@ -76,6 +80,12 @@ class Plan:
                 f"full layers that see a sliding window only in the dense model: {layers}; they "
                 "attend to everything now, which longer contexts need healing for"
             )
+        longest = self.config.get("max_position_embeddings")
+        if self.fit is not None and longest is not None and self.fit.context > longest:
+            found.append(
+                f"context {self.fit.context} is more than the {longest} tokens that the dense "
+                "model reads"
+            )
         if self.unused:
             found.append(
                 f"{len(self.unused)} tensors are kept but transformers will not load them, such "
@@ -95,7 +105,13 @@ class Plan:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=escape(self._title), title_justify="left", title_style="bold")
+        table = Table(
+            title=escape(self._title),
+            title_justify="left",
+            title_style="bold",
+            caption="\n".join(part.line() for part in (self.fit, self.selection) if part),
+            caption_justify="left",
+        )
         table.add_column("layer", justify="right")
         table.add_column("role")
         table.add_column("new tensors")
@@ -140,6 +156,8 @@ class Plan:
             "layers": layers,
             "kv_bytes": dict(zip(keys, self._totals(self.kv), strict=True)),
             "dense_kv_bytes": dict(zip(keys, self._totals(self.dense_kv), strict=True)),
+            "fit": self.fit and self.fit.as_json(),
+            "selection": self.selection and self.selection.as_json(),
             "warnings": self.warnings,
         }
 

@@ -78,7 +78,7 @@ class _HySparseModel:
                 own_sinks=hasattr(attention, "sinks"),
             )
         decoder = model.get_submodule(family.decoder)
-        decoder.register_forward_pre_hook(_StateHook(spec), with_kwargs=True)
+        decoder.register_forward_pre_hook(StateHook(spec), with_kwargs=True)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Branches):  # after its children, whose values it overwrites
@@ -92,7 +92,7 @@ class _HySparseModel:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
 
 
-class _StateHook:
+class StateHook:
     """Forward pre-hook of the decoder: makes the state of this forward and passes it along."""
 
     def __init__(self, spec: HysparseSpec):

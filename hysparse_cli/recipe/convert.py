@@ -4,18 +4,33 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hysparse_cli.recipe.fields import Dtype, Positive, Real, Section, Size
+from hysparse_cli.recipe.fields import Device, Dtype, Positive, Real, Section, Size
+
+Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
+SCORED = ("dp", "greedy", "kl")
 
 
 class ConvertOptions(Section):
-    """``hysparse convert``: one of ``ratio``, ``pattern``, ``full_layers`` places the full layers.
+    """``hysparse convert``: where the full layers go, the sizes, and what is written how.
 
-    Where none is given, the ratio is 1:3. ``rope_theta`` is a new base of the rotary embedding and
+    ``pattern`` or ``full_layers`` (strategy "manual") say where the full layers are; ``ratio`` or
+    ``fit`` say how many, and ``strategy`` chooses them: "uniform" as the paper does, the others
+    measure the model on calibration text first (see selection/). Where nothing is given, the ratio
+    is 1:3 and the strategy uniform.
+
+    ``fit`` is memory for the weights and the KV cache of ``batch`` sequences of ``context`` tokens
+    (as many as the model reads by default). ``calibration`` is a file of text, made up by default;
+    ``scores`` the file that keeps what was measured, ``OUT.scores.json`` by default.
+    ``rope_theta`` is a new base of the rotary embedding and
     ``max_position_embeddings`` a new longest input, for a model that will be healed at that length.
     """
 
     layout: Literal["hysparse", "hybrid-swa", "full"] = "hysparse"
+    strategy: Strategy | None = None
     ratio: str | None = None
+    fit: Size | None = None
+    context: Positive | None = None
+    batch: Positive | None = None
     pattern: str | None = None
     full_layers: list[int] | None = None
     last_layer_full: bool = True
@@ -26,9 +41,21 @@ class ConvertOptions(Section):
     max_position_embeddings: Positive | None = None
     dtype: Dtype = "auto"
     max_shard_size: Size = "5GB"
+    calibration: str | None = None
+    calibration_text_field: str = "text"
+    calibration_tokens: Positive = 16384
+    calibration_sequence_tokens: Annotated[int, Field(gt=1)] | None = None
+    seed: int = 0
+    scores: str | None = None
+    device: Device = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
+
+    @property
+    def measures(self) -> bool:
+        """Whether the strategy measures the model."""
+        return self.strategy in SCORED
 
     @model_validator(mode="after")
     def _consistent(self) -> "ConvertOptions":
@@ -36,8 +63,37 @@ class ConvertOptions(Section):
             raise ValueError(
                 f"block_size {self.block_size} does not divide top_k_tokens {self.top_k_tokens}"
             )
-        places = ("ratio", "pattern", "full_layers")
+        places = ("ratio", "pattern", "full_layers", "fit")
         given = [name for name in places if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both place the full layers: give one")
+        placed = self.pattern is not None or self.full_layers is not None
+        if self.strategy is not None and placed != (self.strategy == "manual"):
+            raise ValueError(
+                f"strategy {self.strategy} and {' and '.join(given) or 'no pattern'} do not go "
+                "together: a pattern or full_layers is strategy manual, and only that"
+            )
+        if self.fit is None and (self.context is not None or self.batch is not None):
+            raise ValueError("context and batch say what is to fit: give fit, such as 24GiB, too")
+        if self.fit is not None and (self.layout == "full" or not self.last_layer_full):
+            raise ValueError(
+                "fit places sparse layers between a full first and a full last one: it goes "
+                "neither with layout full nor with last_layer_full=false"
+            )
+        if self.measures:
+            self._check_scored()
+        elif self.scores is not None:
+            raise ValueError(f"scores are of a strategy that measures: {', '.join(SCORED)}")
         return self
+
+    def _check_scored(self) -> None:
+        if self.layout != "hysparse":
+            raise ValueError(
+                f"strategy {self.strategy} measures what layers share: layout {self.layout} "
+                "shares nothing, use strategy uniform or manual"
+            )
+        if not self.last_layer_full:
+            raise ValueError(
+                f"strategy {self.strategy} keeps the last layer full: last_layer_full=false is for "
+                "strategy uniform"
+            )
