@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def _shares(self) -> bool:
-        return self.spec.layout == "hysparse"
+        return self.spec.selects
 
     @property
     def warnings(self) -> list[str]:
@@ -86,9 +86,8 @@ class Plan:
     @property
     def widened(self) -> tuple[int, ...]:
         """Full layers whose dense counterparts have a sliding window."""
-        before, after = self.dense_kv.windows, self.kv.windows
-        both = enumerate(zip(before, after, strict=True))
-        return tuple(layer for layer, (old, new) in both if old is not None and new is None)
+        before, after, full = self.dense_kv.windows, self.kv.windows, self.spec.layers.full_layers
+        return tuple(i for i in full if before[i] is not None and after[i] is None)
 
     def table(self) -> Any:
         """A row a layer, and the KV cache in total against the dense model's."""

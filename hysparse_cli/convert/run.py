@@ -119,7 +119,6 @@ def plan(source: Source, options: ConvertOptions) -> Plan:
     added = new_tensors(dense.num_attention_heads, dense.hidden_size, spec, own_sinks=own_sinks)
     by_layer = tuple(_names(added, family, spec, layer) for layer in range(len(spec.pattern)))
     dense_kv = kv_cache_of(dense)
-    windows = tuple(spec.window_tokens if kind == "S" else None for kind in spec.pattern)
     return Plan(
         source=source,
         checkpoint=checkpoint,
@@ -135,7 +134,7 @@ def plan(source: Source, options: ConvertOptions) -> Plan:
         repack=_must_repack(checkpoint, options),
         unused=tuple(unused),
         dense_kv=dense_kv,
-        kv=dense_kv.with_windows(windows) if spec.layers.sparse_layers else dense_kv,
+        kv=dense_kv.with_windows(spec.cache_windows) if spec.layers.sparse_layers else dense_kv,
     )
 
 
@@ -200,6 +199,8 @@ def _spec(options: ConvertOptions, num_layers: int) -> HysparseSpec:
         block_size=options.block_size,
         top_k_tokens=options.top_k_tokens,
         window_tokens=options.window_tokens,
+        sparse_kv=options.sparse_kv,
+        window_kv=options.window_kv,
     )
 
 
