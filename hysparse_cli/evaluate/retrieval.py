@@ -130,7 +130,7 @@ def _planted(
     # cut the surplus from its beginning, where nothing is planted.
     spare = MIN_SPARE
     while fixed + 2 * spare <= task.tokens and spare <= MAX_SPARE:
-        excerpt = _excerpt(tokenizer, filler, task.tokens - fixed + spare, rng)
+        excerpt = excerpt_of(tokenizer, filler, task.tokens - fixed + spare, rng)
         text, first_fact = _plant(facts, excerpt, encode(tokenizer, excerpt), 2 * spare, rng)
         encoded = encode(tokenizer, text + questions.text)
         surplus = len(encoded.ids) - task.tokens
@@ -161,13 +161,17 @@ def _plant(
     return "".join(pieces) + excerpt[places[-1] :], places[0]
 
 
-def _excerpt(
+def excerpt_of(
     tokenizer: "PreTrainedTokenizerBase",
     filler: Sequence[str] | None,
     tokens: int,
     rng: random.Random,
 ) -> str:
-    """Running text of ``tokens`` tokens or a few more, from a random place of ``filler``."""
+    """Running text of ``tokens`` tokens or a few more, from a random place of ``filler``.
+
+    Args:
+        filler: documents, read on into the next where one ends; None for made-up sentences.
+    """
     characters = 6 * tokens
     while True:
         text = _made_up(characters, rng) if filler is None else _cut(filler, characters, rng)

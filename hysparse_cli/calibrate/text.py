@@ -1,0 +1,105 @@
+"""Calibration text: rows that need far context, made up or from a file, always with planted facts.
+
+Running text alone hardly needs what lies further back than a sliding window, so that measuring on
+it would call far attention useless.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hysparse_cli.documents import read_documents
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+from hysparse_cli.evaluate.encoded import encode
+from hysparse_cli.evaluate.retrieval import FORMS, Form, Task, excerpt_of, write_context
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_CHARACTERS = 1 << 27
+TOKENS_PER_FACT, MOST_FACTS = 128, 16
+
+
+def calibration_rows(
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    data: Path | None,
+    text_field: str,
+    tokens: int,
+    sequence_tokens: int,
+    seed: int,
+) -> Tensor:
+    """Rows of tokens to calibrate on, the same for the same arguments.
+
+    Without ``data``, every row plants facts in made-up sentences and asks for them at its end; the
+    forms of evaluate/retrieval.py take turns. With ``data``, every other row is text of the file as
+    it is, and facts are planted in text of the file.
+
+    Args:
+        tokenizer: a fast one.
+        data: see ``read_documents``; no more than about 128 million characters are read.
+        tokens: about how many in all; there is at least one row.
+    Returns: (N, T) int64, T is ``sequence_tokens``.
+    Raises: InvalidRecipe where no fact and question fit in a row; UnreadableInput where the file
+        is missing, corrupt or has no text; UnsupportedModel for a tokenizer without offsets.
+    """
+    documents = None if data is None else _read(data, text_field)
+    rows = []
+    for row in range(max(1, tokens // sequence_tokens)):
+        if documents is not None and row % 2 == 0:
+            rows.append(_running_text(tokenizer, documents, sequence_tokens, f"{seed} {row}"))
+            continue
+        planted = row if documents is None else row // 2
+        form = FORMS[planted % len(FORMS)]
+        rows.append(_planted(tokenizer, documents, form, planted, sequence_tokens, seed))
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _running_text(
+    tokenizer: "PreTrainedTokenizerBase", documents: Sequence[str], tokens: int, seed: str
+) -> list[int]:
+    text = excerpt_of(tokenizer, documents, tokens, random.Random(seed))
+    return encode(tokenizer, text).ids[:tokens]
+
+
+def _planted(
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Sequence[str] | None,
+    form: Form,
+    index: int,
+    tokens: int,
+    seed: int,
+) -> list[int]:
+    """A row of mostly filler with some facts, each of them asked for at its end."""
+    facts = min(MOST_FACTS, max(1, tokens // TOKENS_PER_FACT))
+    while True:
+        try:
+            task = Task(form, tokens, facts, questions=facts)
+            return write_context(task, index, tokenizer, documents, seed).input_ids
+        except InvalidRecipe:
+            if facts == 1:
+                raise InvalidRecipe(
+                    f"calibration rows of {tokens} tokens are too short to plant a fact and ask "
+                    f"for it (form {form}): make them longer"
+                ) from None
+            facts //= 2
+
+
+def _read(data: Path, text_field: str) -> list[str]:
+    documents = list(_up_to(MOST_CHARACTERS, read_documents(data, text_field)))
+    if not documents:
+        raise UnreadableInput(f"data {data} holds no text: give a file that does")
+    return documents
+
+
+def _up_to(characters: int, texts: Iterable[str]) -> Iterable[str]:
+    for text in texts:
+        if text.strip():
+            yield text
+            characters -= len(text)
+        if characters <= 0:
+            return
