@@ -7,7 +7,7 @@ it would call far attention useless.
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,59 @@ from torch import Tensor
 from hysparse_cli.documents import read_documents
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.evaluate.encoded import encode
-from hysparse_cli.evaluate.retrieval import FORMS, Form, Task, excerpt_of, write_context
+from hysparse_cli.evaluate.retrieval import FORMS, Context, Form, Task, excerpt_of, write_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_CHARACTERS = 1 << 27
 TOKENS_PER_FACT, MOST_FACTS = 128, 16
+
+
+class CalibrationText(NamedTuple):
+    """rows: (N, T) int64. answers: (N, T) bool, the tokens of planted facts' answers."""
+
+    rows: Tensor
+    answers: Tensor
+
+
+def calibration_text(
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    data: Path | None,
+    text_field: str,
+    tokens: int,
+    sequence_tokens: int,
+    seed: int,
+) -> CalibrationText:
+    """Rows of tokens to calibrate on, the same for the same arguments.
+
+    Without ``data``, every row plants facts in made-up sentences and asks for them at its end; the
+    forms of evaluate/retrieval.py take turns. With ``data``, every other row is text of the file as
+    it is, and facts are planted in text of the file.
+
+    Args:
+        tokenizer: a fast one.
+        data: see ``read_documents``; no more than about 128 million characters are read.
+        tokens: about how many in all; there is at least one row.
+        sequence_tokens: the length T of each row.
+    Raises: InvalidRecipe where no fact and question fit in a row; UnreadableInput where the file
+        is missing, corrupt or has no text; UnsupportedModel for a tokenizer without offsets.
+    """
+    documents = None if data is None else _read(data, text_field)
+    rows = []
+    answers = torch.zeros(max(1, tokens // sequence_tokens), sequence_tokens, dtype=torch.bool)
+    for row in range(len(answers)):
+        if documents is not None and row % 2 == 0:
+            rows.append(_running_text(tokenizer, documents, sequence_tokens, f"{seed} {row}"))
+            continue
+        planted = row if documents is None else row // 2
+        form = FORMS[planted % len(FORMS)]
+        context = _planted(tokenizer, documents, form, planted, sequence_tokens, seed)
+        rows.append(context.input_ids)
+        for begin, end in context.answers:
+            answers[row, begin:end] = True
+    return CalibrationText(torch.tensor(rows, dtype=torch.int64), answers)
 
 
 def calibration_rows(
@@ -33,30 +79,15 @@ def calibration_rows(
     sequence_tokens: int,
     seed: int,
 ) -> Tensor:
-    """Rows of tokens to calibrate on, the same for the same arguments.
-
-    Without ``data``, every row plants facts in made-up sentences and asks for them at its end; the
-    forms of evaluate/retrieval.py take turns. With ``data``, every other row is text of the file as
-    it is, and facts are planted in text of the file.
-
-    Args:
-        tokenizer: a fast one.
-        data: see ``read_documents``; no more than about 128 million characters are read.
-        tokens: about how many in all; there is at least one row.
-    Returns: (N, T) int64, T is ``sequence_tokens``.
-    Raises: InvalidRecipe where no fact and question fit in a row; UnreadableInput where the file
-        is missing, corrupt or has no text; UnsupportedModel for a tokenizer without offsets.
-    """
-    documents = None if data is None else _read(data, text_field)
-    rows = []
-    for row in range(max(1, tokens // sequence_tokens)):
-        if documents is not None and row % 2 == 0:
-            rows.append(_running_text(tokenizer, documents, sequence_tokens, f"{seed} {row}"))
-            continue
-        planted = row if documents is None else row // 2
-        form = FORMS[planted % len(FORMS)]
-        rows.append(_planted(tokenizer, documents, form, planted, sequence_tokens, seed))
-    return torch.tensor(rows, dtype=torch.int64)
+    """The rows of ``calibration_text``: (N, T) int64."""
+    return calibration_text(
+        tokenizer,
+        data=data,
+        text_field=text_field,
+        tokens=tokens,
+        sequence_tokens=sequence_tokens,
+        seed=seed,
+    ).rows
 
 
 def _running_text(
@@ -73,13 +104,13 @@ def _planted(
     index: int,
     tokens: int,
     seed: int,
-) -> list[int]:
+) -> Context:
     """A row of mostly filler with some facts, each of them asked for at its end."""
     facts = min(MOST_FACTS, max(1, tokens // TOKENS_PER_FACT))
     while True:
         try:
             task = Task(form, tokens, facts, questions=facts)
-            return write_context(task, index, tokenizer, documents, seed).input_ids
+            return write_context(task, index, tokenizer, documents, seed)
         except InvalidRecipe:
             if facts == 1:
                 raise InvalidRecipe(

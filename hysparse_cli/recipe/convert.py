@@ -1,22 +1,40 @@
 """Options of ``hysparse convert``."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from hysparse_cli.model.config import LayoutName, SparseKv, WindowKv, check_switches
-from hysparse_cli.recipe.fields import Dtype, Positive, Section, Size
+from hysparse_cli.recipe.fields import Device, Dtype, Positive, Section, Size
+
+Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
+Init = Literal["constant", "copy"]
+SCORED = ("dp", "greedy", "kl")
 
 
 class ConvertOptions(Section):
-    """``hysparse convert``: one of ``ratio``, ``pattern``, ``full_layers`` places the full layers.
+    """``hysparse convert``: where the full layers go, the sizes, and what is written how.
 
-    Where none is given, the ratio is 1:3. ``sparse_kv`` and ``window_kv`` are the ablations of the
-    paper's Table 4 (model/config.py).
+    ``pattern`` or ``full_layers`` (strategy "manual") say where the full layers are; ``ratio`` or
+    ``fit`` say how many, and ``strategy`` chooses them: "uniform" as the paper does, the others
+    measure the model on calibration text first (see selection/). Where nothing is given, the ratio
+    is 1:3 and the strategy uniform.
+
+    ``fit`` is memory for the weights and the KV cache of ``batch`` sequences of ``context`` tokens
+    (as many as the model reads by default). ``calibration`` is a file of text, made up by default;
+    ``scores`` the file that keeps what was measured, ``OUT.scores.json`` by default.
+
+    ``sparse_kv`` and ``window_kv`` are the ablations of the paper's Table 4 (model/config.py).
+    ``init`` says how the new layers start (see init/), and ``explain`` measures what each mechanism
+    costs (convert/ledger.py), both on the calibration text.
     """
 
     layout: LayoutName = "hysparse"
+    strategy: Strategy | None = None
     ratio: str | None = None
+    fit: Size | None = None
+    context: Positive | None = None
+    batch: Positive | None = None
     pattern: str | None = None
     full_layers: list[int] | None = None
     last_layer_full: bool = True
@@ -25,8 +43,17 @@ class ConvertOptions(Section):
     window_tokens: Annotated[int, Field(gt=1)] = 128
     sparse_kv: SparseKv = "shared"
     window_kv: WindowKv = "own"
+    init: Init = "constant"
+    explain: bool = False
     dtype: Dtype = "auto"
     max_shard_size: Size = "5GB"
+    calibration: str | None = None
+    calibration_text_field: str = "text"
+    calibration_tokens: Positive = 16384
+    calibration_sequence_tokens: Annotated[int, Field(gt=1)] | None = None
+    seed: int = 0
+    scores: str | None = None
+    device: Device = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
     overwrite: bool = False
@@ -38,8 +65,32 @@ class ConvertOptions(Section):
                 f"block_size {self.block_size} does not divide top_k_tokens {self.top_k_tokens}"
             )
         check_switches(self.layout, self.sparse_kv, self.window_kv)
-        places = ("ratio", "pattern", "full_layers")
+        places = ("ratio", "pattern", "full_layers", "fit")
         given = [name for name in places if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both place the full layers: give one")
+        placed = self.pattern is not None or self.full_layers is not None
+        if self.strategy is not None and placed != (self.strategy == "manual"):
+            raise ValueError(
+                f"strategy {self.strategy} and {' and '.join(given) or 'no pattern'} do not go "
+                "together: a pattern or full_layers is strategy manual, and only that"
+            )
+        if self.fit is None and (self.context is not None or self.batch is not None):
+            raise ValueError("context and batch say what is to fit: give fit, such as 24GiB, too")
+        if self.strategy in SCORED:
+            self._check_scored()
+        elif self.scores is not None:
+            raise ValueError(f"scores are of a strategy that measures: {', '.join(SCORED)}")
         return self
+
+    def _check_scored(self) -> None:
+        if self.layout != "hysparse":
+            raise ValueError(
+                f"strategy {self.strategy} measures what layers share: layout {self.layout} "
+                "shares nothing, use strategy uniform or manual"
+            )
+        if not self.last_layer_full:
+            raise ValueError(
+                f"strategy {self.strategy} keeps the last layer full: last_layer_full=false is for "
+                "strategy uniform"
+            )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hysparse_cli.calibrate.text import calibration_rows
+from hysparse_cli.calibrate.text import calibration_rows, calibration_text
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 
 SIZE: dict[str, Any] = {"text_field": "text", "tokens": 2048, "sequence_tokens": 512, "seed": 0}
@@ -34,6 +34,16 @@ def test_each_row_plants_facts_and_asks_for_them(stories_260k: Path) -> None:
     for text, ask, end in zip(texts, asks, ends, strict=True):
         key = text.rpartition(ask)[0].rpartition(ask)[2].partition(end)[0]
         assert key and text.count(key) >= 2, text
+
+
+def test_answers_are_the_tokens_of_the_values_planted(stories_260k: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(stories_260k)
+    rows, answers = calibration_text(tokenizer, data=None, **SIZE)
+    assert answers.shape == rows.shape and answers.any(1).all()
+    for row, asked in zip(rows[:3], answers[:3], strict=True):
+        first = int(asked.nonzero()[0])
+        value = tokenizer.decode(row[first : first + int((~asked[first:]).nonzero()[0])])
+        assert tokenizer.decode(row).count(value) >= 2, value
 
 
 def test_rows_from_a_file_alternate_its_text_and_facts_in_it(
