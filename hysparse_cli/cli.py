@@ -105,6 +105,15 @@ def convert(
     window_tokens: Annotated[
         int | None, typer.Option(help="Sliding window of a sparse layer.  [default: 128]")
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="How new layers start: constant, or copy (measured).  [default: constant]"
+        ),
+    ] = None,
+    explain: Annotated[
+        bool | None, typer.Option("--explain", help="Measure what each mechanism costs.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16.  [default: as it is]")
     ] = None,
@@ -124,7 +133,7 @@ def convert(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a dense checkpoint into a HySparse one; the weights stay what they are."""
+    """Turn a dense checkpoint into a HySparse one."""
     from hysparse_cli.convert.run import execute, plan
     from hysparse_cli.recipe import ConvertOptions, integer_list, load_section
     from hysparse_cli.source import locate
@@ -138,11 +147,19 @@ def convert(
         planned = plan(source, options)
     if dry_run or not as_json:
         show(planned, as_json)
+    measured = None
+    if planned.runs_the_model and (options.explain or not dry_run):
+        from hysparse_cli.convert.measure import measure
+
+        with stages() as advance_stage:
+            measured = measure(planned, advance_stage)
+        if not as_json:
+            show(measured, as_json)
     if dry_run:
         warn(planned.warnings)
         return
     with progress(f"writing {out.name}") as advance:
-        conversion = execute(planned, out, advance)
+        conversion = execute(planned, out, advance, measured)
     warn(conversion.warnings)
     show(conversion, as_json)
 

@@ -42,6 +42,18 @@ class Plan:
         return len(self.spec.pattern)
 
     @property
+    def start_is_measured(self) -> bool:
+        """Whether the new tensors are fitted: without two branches there are no gates to fit."""
+        two = self.spec.num_branches == 2 and bool(self.spec.layers.sparse_layers)
+        return self.options.init != "constant" and two
+
+    @property
+    def runs_the_model(self) -> bool:
+        """Whether the dense model is to be loaded and run (see measure.py)."""
+        explains = self.options.explain and bool(self.spec.layers.sparse_layers)
+        return explains or self.start_is_measured
+
+    @property
     def output_bytes(self) -> int:
         """About how large the weights to be written are."""
         new = sum(math.prod(tensor.shape) * self.itemsize for tensor in self.new_tensors.values())
