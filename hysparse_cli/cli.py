@@ -145,21 +145,22 @@ def convert(
     check_output(out, overwrite=options.overwrite, inputs=[source.folder])
     with progress("reading headers"):
         planned = plan(source, options)
-    if dry_run or not as_json:
+    if not as_json:
         show(planned, as_json)
-    measured = None
     if planned.runs_the_model and (options.explain or not dry_run):
-        from hysparse_cli.convert.measure import measure
+        from hysparse_cli.convert.measure import measured
 
         with stages() as advance_stage:
-            measured = measure(planned, advance_stage)
+            planned = measured(planned, advance_stage)
         if not as_json:
-            show(measured, as_json)
+            show(planned.measured, as_json)
     if dry_run:
+        if as_json:
+            show(planned, as_json)
         warn(planned.warnings)
         return
     with progress(f"writing {out.name}") as advance:
-        conversion = execute(planned, out, advance, measured)
+        conversion = execute(planned, out, advance)
     warn(conversion.warnings)
     show(conversion, as_json)
 

@@ -1,7 +1,7 @@
 """What ``hysparse convert`` runs the dense model for: a measured start, and the damage ledger."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ class Measured:
         return {name: part.as_json() for name, part in parts.items() if part is not None}
 
 
-def measure(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Measured:
-    """Load the dense model once and measure on calibration text what the plan's options ask for.
+def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
+    """``plan`` with what its options ask for measured, the dense model loaded once.
 
     Args:
         on_progress: is told the stage, and steps done and in all.
@@ -68,7 +68,7 @@ def measure(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Measure
             dense.model.to(device, dense.model.dtype)
             put_tensors(dense.model, _constants(plan) | (start.tensors if start else {}))
             ledger = measure_ledger(dense.model, spec, text, lambda *at: on_progress("ledger", *at))
-    return Measured(start, ledger)
+    return replace(plan, measured=Measured(start, ledger))
 
 
 def _constants(plan: Plan) -> dict[str, Tensor]:

@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hysparse_cli.checkpoint import Checkpoint
 from hysparse_cli.kv_cache import KvCache
 from hysparse_cli.model.config import HysparseSpec, NewTensor
 from hysparse_cli.recipe import ConvertOptions
 from hysparse_cli.source import Source
+
+if TYPE_CHECKING:
+    from hysparse_cli.convert.measure import Measured
 
 CONTEXTS = {"8k": 8192, "32k": 32768, "128k": 131072}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -21,6 +24,7 @@ class Plan:
     ``config`` is the new config.json. ``new_tensors`` has full names. ``dtype`` is torch's name of
     the dtype of the new tensors and the cache. ``repack`` says that weights are written anew, not
     copied shard by shard. ``unused`` tensors are kept although transformers will not load them.
+    ``measured``: what running the dense model gave (see measure.py), or None.
     """
 
     source: Source
@@ -36,6 +40,7 @@ class Plan:
     unused: tuple[str, ...]
     dense_kv: KvCache
     kv: KvCache
+    measured: "Measured | None" = None
 
     @property
     def num_layers(self) -> int:
@@ -151,6 +156,7 @@ class Plan:
             "layers": layers,
             "kv_bytes": dict(zip(keys, self._totals(self.kv), strict=True)),
             "dense_kv_bytes": dict(zip(keys, self._totals(self.dense_kv), strict=True)),
+            **(self.measured.as_json() if self.measured else {}),
             "warnings": self.warnings,
         }
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hysparse_cli import layout as layouts
 from hysparse_cli.checkpoint import (
@@ -44,9 +44,6 @@ from hysparse_cli.recipe import ConvertOptions, bytes_of, to_yaml
 from hysparse_cli.source import Source
 from hysparse_cli.staging import require_free_space, staged
 
-if TYPE_CHECKING:
-    from hysparse_cli.convert.measure import Measured
-
 DEFAULT_RATIO = "1:3"
 RECIPE_NAME, REPORT_NAME = "hysparse_recipe.yaml", "hysparse_report.json"
 OnProgress = Callable[[int, int], None]
@@ -64,7 +61,6 @@ class Conversion:
     files: dict[str, int]
     source_files: dict[str, dict[str, Any]]
     non_finite: dict[str, int]
-    measured: "Measured | None"
     seconds: float
 
     @property
@@ -88,11 +84,9 @@ class Conversion:
     def as_json(self) -> dict[str, Any]:
         """The report: the plan, what was written, and from what."""
         packages = ("hysparse", "torch", "transformers", "safetensors")
-        measured = self.measured.as_json() if self.measured else {}
         return {
             "schema": "hysparse.convert/1",
             "plan": self.plan.as_json(),
-            **measured,
             "out": str(self.out),
             "files": self.files,
             "source_files": self.source_files,
@@ -144,13 +138,10 @@ def plan(source: Source, options: ConvertOptions) -> Plan:
     )
 
 
-def execute(
-    plan: Plan, out: Path, on_progress: OnProgress, measured: "Measured | None" = None
-) -> Conversion:
+def execute(plan: Plan, out: Path, on_progress: OnProgress) -> Conversion:
     """Carry out ``plan``: ``out`` is absent, or what it was, until all of it is on the disk.
 
     Args:
-        measured: what ``measure`` gave, if the plan runs the model.
         on_progress: is told bytes done and bytes in all.
     Raises: InvalidRecipe where ``out`` may not be written; OutOfResources where the disk is full.
     """
@@ -160,8 +151,7 @@ def execute(
     folder, options = plan.checkpoint.folder, plan.options
     with staged(out, overwrite=options.overwrite, inputs=[folder]) as partial:
         require_free_space(out, plan.output_bytes)
-        fitted = measured.start.tensors if measured and measured.start else {}
-        written = write_weights(plan, fitted, partial, on_progress)
+        written = write_weights(plan, partial, on_progress)
         if list(written.files) != [SINGLE]:
             _write_json(partial / INDEX, written.index)
         copy_side_files(folder, partial, with_code=options.trust_remote_code)
@@ -177,7 +167,6 @@ def execute(
                 plan.checkpoint, side_files(folder, with_code=options.trust_remote_code)
             ),
             non_finite=written.non_finite,
-            measured=measured,
             seconds=time.monotonic() - start,
         )
         _write_json(partial / REPORT_NAME, conversion.as_json())

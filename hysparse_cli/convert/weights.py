@@ -28,17 +28,14 @@ class Written:
     non_finite: dict[str, int]
 
 
-def write_weights(
-    plan: Plan,
-    measured: Mapping[str, torch.Tensor],
-    folder: Path,
-    on_progress: Callable[[int, int], None],
-) -> Written:
+def write_weights(plan: Plan, folder: Path, on_progress: Callable[[int, int], None]) -> Written:
     """Write all shards into ``folder``: source shards as they are unless the plan says repack.
 
-    ``measured`` tensors take the place of the new ones' constants and of the dense model's: a
+    A measured start's tensors take the place of the new ones' constants and of the dense model's: a
     shard that holds one of these is written anew, with the same tensors in the same order.
     """
+    start = plan.measured.start if plan.measured else None
+    measured = start.tensors if start else {}
     unknown = measured.keys() - plan.new_tensors.keys() - plan.checkpoint.tensors.keys()
     assert not unknown, f"measured, but in no shard: {sorted(unknown)}"
     new = [
