@@ -87,6 +87,26 @@ def convert(
     ratio: Annotated[
         str | None, typer.Option(help="Full to sparse layers.  [default: 1:3]")
     ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="uniform, dp, greedy or kl.  [default: uniform]")
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="Memory for weights and KV cache, such as 24GiB.")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="With --fit: tokens a sequence.  [default: the model's]")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="With --fit: sequences.  [default: 1]")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text or jsonl file to measure on.  [default: made up]")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to measure on.  [default: 16384]")
+    ] = None,
+    scores: Annotated[
+        str | None,
+        typer.Option(help="File that keeps what is measured.  [default: OUT.scores.json]"),
+    ] = None,
     pattern: Annotated[str | None, typer.Option(help="One letter a layer: FSSSF...")] = None,
     full_layers: Annotated[str | None, typer.Option(help="Such as 0,4,8,11.")] = None,
     last_layer_full: Annotated[
@@ -117,6 +137,7 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16.  [default: as it is]")
     ] = None,
+    device: Device = None,
     max_shard_size: Annotated[
         str | None, typer.Option(help="Largest file of weights.  [default: 5GB]")
     ] = None,
@@ -129,22 +150,38 @@ def convert(
         bool | None, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, write nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan, write no checkpoint.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn a dense checkpoint into a HySparse one."""
     from hysparse_cli.convert.run import execute, plan
-    from hysparse_cli.recipe import ConvertOptions, integer_list, load_section
+    from hysparse_cli.recipe import (
+        ConvertOptions,
+        integer_list,
+        load_section,
+        token_count,
+    )
     from hysparse_cli.source import locate
     from hysparse_cli.staging import check_output
 
-    flags = locals() | {"full_layers": integer_list("full_layers", full_layers)}
+    flags = locals() | {
+        "full_layers": integer_list("full_layers", full_layers),
+        "context": token_count("context", context),
+    }
     options = load_section(ConvertOptions, recipe, assignments, flags)
     source = locate(model, revision=options.revision, with_code=options.trust_remote_code)
     check_output(out, overwrite=options.overwrite, inputs=[source.folder])
     with progress("reading headers"):
         planned = plan(source, options)
+    if options.measures:
+        from hysparse_cli.selection.run import select
+
+        with stages() as advance:
+            chosen = select(
+                source, options, planned.spec.pattern, _score_file(options, out), advance
+            )
+        planned = plan(source, options, chosen)
     if not as_json:
         show(planned, as_json)
     if planned.runs_the_model and (options.explain or not dry_run):
@@ -163,6 +200,10 @@ def convert(
         conversion = execute(planned, out, advance)
     warn(conversion.warnings)
     show(conversion, as_json)
+
+
+def _score_file(options: Any, out: Path) -> Path:
+    return Path(options.scores) if options.scores else out.with_name(f"{out.name}.scores.json")
 
 
 @app.command("eval")

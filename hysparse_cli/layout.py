@@ -76,6 +76,19 @@ def from_ratio(ratio: str, num_layers: int, *, last_layer_full: bool = True) -> 
     return Layout(pattern)
 
 
+def uniform(num_full: int, num_layers: int) -> Layout:
+    """The paper's layout with ``num_full`` full layers, the last one full.
+
+    Where no ratio gives so many, they are spread evenly.
+    """
+    for sparse in range(num_layers):
+        layout = from_ratio(f"1:{sparse}", num_layers)
+        if len(layout.full_layers) == num_full:
+            return layout
+    even = [round(i * (num_layers - 1) / max(1, num_full - 1)) for i in range(num_full)]
+    return from_full_layers(even, num_layers)
+
+
 def from_full_layers(
     full_layers: list[int], num_layers: int, *, last_layer_full: bool = True
 ) -> Layout:

@@ -8,6 +8,8 @@ from hysparse_cli.checkpoint import Checkpoint
 from hysparse_cli.kv_cache import KvCache
 from hysparse_cli.model.config import HysparseSpec, NewTensor
 from hysparse_cli.recipe import ConvertOptions
+from hysparse_cli.selection.fit import Fit
+from hysparse_cli.selection.result import Selection
 from hysparse_cli.source import Source
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class Plan:
     unused: tuple[str, ...]
     dense_kv: KvCache
     kv: KvCache
+    fit: Fit | None
+    selection: Selection | None
     measured: "Measured | None" = None
 
     @property
@@ -111,7 +115,13 @@ class Plan:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=escape(self._title), title_justify="left", title_style="bold")
+        table = Table(
+            title=escape(self._title),
+            title_justify="left",
+            title_style="bold",
+            caption="\n".join(part.line() for part in (self.fit, self.selection) if part),
+            caption_justify="left",
+        )
         table.add_column("layer", justify="right")
         table.add_column("role")
         table.add_column("new tensors")
@@ -156,6 +166,8 @@ class Plan:
             "layers": layers,
             "kv_bytes": dict(zip(keys, self._totals(self.kv), strict=True)),
             "dense_kv_bytes": dict(zip(keys, self._totals(self.dense_kv), strict=True)),
+            "fit": self.fit and self.fit.as_json(),
+            "selection": self.selection and self.selection.as_json(),
             **(self.measured.as_json() if self.measured else {}),
             "warnings": self.warnings,
         }

@@ -5,6 +5,7 @@ own, config.json says which layers are sparse, and the folder appears when it is
 """
 
 import json
+import math
 import platform
 import time
 from collections import Counter
@@ -29,7 +30,7 @@ from hysparse_cli.convert.plan import Plan, readable
 from hysparse_cli.convert.provenance import provenance
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput, UnsupportedModel
 from hysparse_cli.families import Family, check_rope, family_of
-from hysparse_cli.kv_cache import kv_cache_of
+from hysparse_cli.kv_cache import KvCache, kv_cache_of
 from hysparse_cli.layout import Layout
 from hysparse_cli.model.config import (
     HUB_SHIM,
@@ -41,10 +42,23 @@ from hysparse_cli.model.config import (
     new_tensors,
 )
 from hysparse_cli.recipe import ConvertOptions, bytes_of, to_yaml
+from hysparse_cli.selection.fit import Fit, most_full_layers
+from hysparse_cli.selection.result import Selection
 from hysparse_cli.source import Source
 from hysparse_cli.staging import require_free_space, staged
 
 DEFAULT_RATIO = "1:3"
+# what a pattern stands for once it is chosen, and what chose it
+_PLACEMENT = (
+    "ratio",
+    "full_layers",
+    "strategy",
+    "fit",
+    "context",
+    "batch",
+    "calibration",
+    "scores",
+)
 RECIPE_NAME, REPORT_NAME = "hysparse_recipe.yaml", "hysparse_report.json"
 OnProgress = Callable[[int, int], None]
 
@@ -97,9 +111,12 @@ class Conversion:
         }
 
 
-def plan(source: Source, options: ConvertOptions) -> Plan:
+def plan(source: Source, options: ConvertOptions, selection: Selection | None = None) -> Plan:
     """Read config and headers of ``source``, check everything, and say what would be done.
 
+    Args:
+        selection: what a strategy that measures has chosen; without it the uniform pattern stands
+            in for such a strategy.
     Raises: UnreadableInput, UnsupportedModel or InvalidRecipe, each with its one reason.
     """
     config = read_config(source.folder)
@@ -111,30 +128,34 @@ def plan(source: Source, options: ConvertOptions) -> Plan:
     checkpoint = open_checkpoint(source.folder)
     dense = dense_config(config, where)
     check_rope(getattr(dense, "rope_parameters", None))
-    spec = _spec(options, dense.num_hidden_layers)
+    dense_kv = kv_cache_of(dense)
+    dtype = _dtype(checkpoint, options)
+    itemsize = 4 if dtype == "float32" else 2
+    fit = None
+    if options.fit is not None:
+        fit = _fit(options, dense, checkpoint, dense_kv, itemsize)
+    spec = _spec(options, _layout(options, dense.num_hidden_layers, fit, selection))
     expected = expected_tensors(dense, where)
     unused = check_tensors(checkpoint, expected)
-    dtype = _dtype(checkpoint, options)
     own_sinks = f"{family.attention.format(layer=0)}.sinks" in expected.shapes
     added = new_tensors(dense.num_attention_heads, dense.hidden_size, spec, own_sinks=own_sinks)
     by_layer = tuple(_names(added, family, spec, layer) for layer in range(len(spec.pattern)))
-    dense_kv = kv_cache_of(dense)
     return Plan(
         source=source,
         checkpoint=checkpoint,
-        options=options.model_copy(
-            update={"pattern": spec.pattern, "ratio": None, "full_layers": None}
-        ),
+        options=options.model_copy(update={"pattern": spec.pattern} | dict.fromkeys(_PLACEMENT)),
         spec=spec,
         config=_new_config(config, spec, options),
         new_tensors={name: tensor for names in by_layer for name, tensor in names.items()},
         new_by_layer=tuple(tuple(names) for names in by_layer),
         dtype=dtype,
-        itemsize=4 if dtype == "float32" else 2,
+        itemsize=itemsize,
         repack=_must_repack(checkpoint, options),
         unused=tuple(unused),
         dense_kv=dense_kv,
         kv=dense_kv.with_windows(spec.cache_windows) if spec.layers.sparse_layers else dense_kv,
+        fit=fit,
+        selection=selection,
     )
 
 
@@ -192,9 +213,9 @@ def _family(
     return family
 
 
-def _spec(options: ConvertOptions, num_layers: int) -> HysparseSpec:
+def _spec(options: ConvertOptions, chosen: Layout) -> HysparseSpec:
     return HysparseSpec(
-        pattern=_layout(options, num_layers).pattern,
+        pattern=chosen.pattern,
         layout=options.layout,
         block_size=options.block_size,
         top_k_tokens=options.top_k_tokens,
@@ -204,9 +225,49 @@ def _spec(options: ConvertOptions, num_layers: int) -> HysparseSpec:
     )
 
 
-def _layout(options: ConvertOptions, num_layers: int) -> Layout:
+def _fit(
+    options: ConvertOptions,
+    dense: Any,
+    checkpoint: Checkpoint,
+    dense_kv: KvCache,
+    itemsize: int,
+) -> Fit:
+    """The most full layers that fit ``options.fit``; the gates and sinks are not worth counting."""
+    assert options.fit is not None
+    num_layers = dense.num_hidden_layers
+    context = options.context or dense.max_position_embeddings
+    if context > dense.max_position_embeddings:
+        raise InvalidRecipe(
+            f"convert.context {context} is longer than the model reads: at most "
+            f"{dense.max_position_embeddings} tokens"
+        )
+    weights = checkpoint.size
+    if options.dtype != "auto":
+        weights = itemsize * sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+
+    def kv_bytes(num_full: int) -> int:
+        windows = (None,) * num_full + (options.window_tokens,) * (num_layers - num_full)
+        return dense_kv.with_windows(windows).total_bytes(context, itemsize)
+
+    return most_full_layers(
+        budget_bytes=bytes_of(options.fit),
+        weight_bytes=weights,
+        kv_bytes=kv_bytes,
+        context=context,
+        batch=options.batch or 1,
+        num_layers=num_layers,
+    )
+
+
+def _layout(
+    options: ConvertOptions, num_layers: int, fit: Fit | None, selection: Selection | None
+) -> Layout:
     last = options.last_layer_full
-    if options.pattern is not None:
+    if selection is not None:
+        chosen = Layout(selection.pattern)
+    elif fit is not None:
+        chosen = layouts.uniform(fit.num_full, num_layers)
+    elif options.pattern is not None:
         chosen = layouts.from_pattern(options.pattern, num_layers)
     elif options.full_layers is not None:
         chosen = layouts.from_full_layers(options.full_layers, num_layers, last_layer_full=last)

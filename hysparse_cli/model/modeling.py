@@ -92,10 +92,10 @@ def install(model: Any, spec: HysparseSpec) -> None:
             own_sinks=hasattr(attention, "sinks"),
         )
     decoder = model.get_submodule(family.decoder)
-    decoder.register_forward_pre_hook(_StateHook(spec), with_kwargs=True)
+    decoder.register_forward_pre_hook(StateHook(spec), with_kwargs=True)
 
 
-class _StateHook:
+class StateHook:
     """Forward pre-hook of the decoder: makes the state of this forward and passes it along."""
 
     def __init__(self, spec: HysparseSpec):

@@ -16,6 +16,7 @@ from hysparse_cli.recipe.load import (
     integer_list,
     load_section,
     to_yaml,
+    token_count,
     token_counts,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "integer_list",
     "load_section",
     "to_yaml",
+    "token_count",
     "token_counts",
 ]

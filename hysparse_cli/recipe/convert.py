@@ -58,6 +58,11 @@ class ConvertOptions(Section):
     trust_remote_code: bool = False
     overwrite: bool = False
 
+    @property
+    def measures(self) -> bool:
+        """Whether the strategy measures the model."""
+        return self.strategy in SCORED
+
     @model_validator(mode="after")
     def _consistent(self) -> "ConvertOptions":
         if self.top_k_tokens % self.block_size:
@@ -77,7 +82,7 @@ class ConvertOptions(Section):
             )
         if self.fit is None and (self.context is not None or self.batch is not None):
             raise ValueError("context and batch say what is to fit: give fit, such as 24GiB, too")
-        if self.strategy in SCORED:
+        if self.measures:
             self._check_scored()
         elif self.scores is not None:
             raise ValueError(f"scores are of a strategy that measures: {', '.join(SCORED)}")

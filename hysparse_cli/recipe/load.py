@@ -95,6 +95,19 @@ def token_counts(field: str, text: str | None) -> list[int] | None:
     return integer_list(field, plain)
 
 
+def token_count(field: str, text: str | None) -> int | None:
+    """As ``token_counts``, for one length.
+
+    Raises: InvalidRecipe where there are several.
+    """
+    counts = token_counts(field, text)
+    if counts is None:
+        return None
+    if len(counts) > 1:
+        raise InvalidRecipe(f"{field} {text!r} is not one length such as 32k")
+    return counts[0]
+
+
 def to_yaml(section: Section) -> str:
     """The resolved section as a recipe that ``load_section`` reads back unchanged."""
     name = next(n for n, field in Recipe.model_fields.items() if field.annotation is type(section))

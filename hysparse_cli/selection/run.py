@@ -1,0 +1,164 @@
+"""Placing the full layers by a strategy that measures the model, uniform placement beside it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hysparse_cli import layout as layouts
+from hysparse_cli.calibrate.text import calibration_rows
+from hysparse_cli.checkpoint import open_checkpoint
+from hysparse_cli.devices import describe, out_of_memory_is
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+from hysparse_cli.loading import load, resolve_device
+from hysparse_cli.model.config import HysparseSpec
+from hysparse_cli.recipe import ConvertOptions
+from hysparse_cli.selection.overlap import measure_overlap
+from hysparse_cli.selection.result import Selection
+from hysparse_cli.selection.scores import SIZES, TEXT, Scores, fingerprint, read_scores
+from hysparse_cli.selection.search import path_steps
+from hysparse_cli.selection.strategies import STRATEGIES, Strategy
+from hysparse_cli.selection.variants import Variants
+from hysparse_cli.source import Source
+
+Progress = Callable[[str, int, int], None]
+
+
+def select(
+    source: Source,
+    options: ConvertOptions,
+    uniform: str,
+    path: Path,
+    on_progress: Progress = lambda what, done, total: None,
+) -> Selection:
+    """Place as many full layers as ``uniform`` has, as ``options.strategy`` says.
+
+    Args:
+        uniform: the uniform pattern.
+        path: the score file: what it lacks is measured and added, the rest is not measured again.
+    Raises: InvalidRecipe, UnreadableInput, UnsupportedModel, OutOfResources.
+    """
+    assert options.strategy is not None
+    strategy = STRATEGIES[options.strategy]
+    checkpoint = open_checkpoint(source.folder)
+    if not path.parent.is_dir():
+        raise InvalidRecipe(f"scores {path}: there is no folder {path.parent}, make it first")
+    model = fingerprint(checkpoint)
+    scores = read_scores(path, model, options) if path.exists() else None
+    if scores is None or (strategy.path is not None and options.strategy not in scores.paths):
+        scores = _measure(source, options, strategy, model, scores, on_progress)
+        scores.write(path)
+    pattern = strategy.pick(scores, uniform.count(layouts.FULL))
+    return Selection(
+        strategy=options.strategy,
+        pattern=pattern,
+        score=strategy.score(scores, pattern),
+        uniform_pattern=uniform,
+        uniform_score=strategy.score(scores, uniform),
+        quantity=strategy.quantity,
+        higher_is_better=strategy.higher_is_better,
+        scores_file=str(path),
+    )
+
+
+def _measure(
+    source: Source,
+    options: ConvertOptions,
+    strategy: Strategy,
+    model_fingerprint: str,
+    known: Scores | None,
+    on_progress: Progress,
+) -> Scores:
+    """What ``strategy`` needs, added to what is ``known``, on the text that was used before."""
+    on_progress("loading", 0, 1)
+    device = resolve_device(options.device)
+    dtype = "float32" if device.type == "cpu" else "auto"
+    model, tokenizer, _ = load(str(source.folder), dtype=dtype, device=device.type)
+    model.requires_grad_(False)
+    sizes = {name: getattr(options, name) for name in SIZES}
+    text = _text(options, model.config) if known is None else known.text
+    rows = calibration_rows(
+        tokenizer,
+        data=None if text["calibration"] is None else Path(text["calibration"]),
+        text_field=text["calibration_text_field"],
+        tokens=text["calibration_tokens"],
+        sequence_tokens=text["calibration_sequence_tokens"],
+        seed=text["seed"],
+    )
+    num_layers = model.config.num_hidden_layers
+    spec = HysparseSpec(layouts.FULL * num_layers, **sizes)
+    with out_of_memory_is(
+        f"out of memory on {model.device} with rows of {rows.shape[1]:,} tokens: lower "
+        "convert.calibration_sequence_tokens, or score on another device"
+    ):
+        fitted = measure_overlap(
+            model,
+            rows,
+            spec,
+            text["seed"],
+            lambda done, total: on_progress("watching layers", done, total),
+        )
+        if not all(map(math.isfinite, fitted.overlap.importance)):
+            raise UnreadableInput(
+                f"{source.name} gives NaN or infinity on the calibration text: its weights are "
+                "damaged, or it needs another dtype"
+            )
+        scores = Scores(
+            model=model_fingerprint,
+            sizes=sizes,
+            text=text,
+            environment=describe(model.device),
+            overlap=fitted.overlap,
+        )
+        if known is not None:
+            scores = known
+        if strategy.path is not None:
+            variants = Variants(model, rows, spec, fitted.gate_logits)
+            _search(options.strategy or "", strategy, variants, scores, num_layers, on_progress)
+    return scores
+
+
+def _search(
+    name: str,
+    strategy: Strategy,
+    variants: Variants,
+    scores: Scores,
+    num_layers: int,
+    on_progress: Progress,
+) -> None:
+    """Walk the strategy's path, and measure the uniform pattern of every number of full layers."""
+    fewest = min(2, num_layers)
+    uniform = [layouts.uniform(n, num_layers).pattern for n in range(fewest, num_layers + 1)]
+    rows = len(variants.rows)
+    total, done = (path_steps(num_layers) + len(uniform)) * rows, 0
+
+    def on_row() -> None:
+        nonlocal done
+        done += 1
+        on_progress(f"{name}: patterns", done, max(done, total))
+
+    def cost(pattern: str) -> float:
+        if pattern not in scores.losses:
+            scores.losses[pattern] = asdict(variants.quality(pattern, on_row))
+        return scores.losses[pattern][strategy.metric]
+
+    assert strategy.path is not None
+    scores.paths[name] = strategy.path(num_layers, cost)
+    for pattern in uniform:
+        cost(pattern)
+
+
+def _text(options: ConvertOptions, config: Any) -> dict[str, Any]:
+    """The options of the calibration text, resolved for this model.
+
+    Raises: InvalidRecipe where rows are longer than the model reads.
+    """
+    longest = config.max_position_embeddings
+    length = options.calibration_sequence_tokens or min(longest, 2 * options.top_k_tokens)
+    if length > longest:
+        raise InvalidRecipe(
+            f"convert.calibration_sequence_tokens {length} is longer than the model reads: at most "
+            f"{longest} tokens"
+        )
+    return {name: getattr(options, name) for name in TEXT} | {"calibration_sequence_tokens": length}
