@@ -139,6 +139,15 @@ def test_without_a_tokenizer_a_measured_start_is_refused_in_a_line(
     assert hysparse("convert", tiny_checkpoint, tmp_path / "out", *CALIBRATION).exit_code == 0
 
 
+def test_rows_longer_than_the_model_reads_are_refused_in_a_line(
+    hysparse: Hysparse, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    length = ("--set", "convert.calibration_sequence_tokens=513")
+    run = hysparse("convert", tiny_checkpoint, tmp_path / "out", "--init", "copy", *length)
+    assert run.exit_code == 3 and run.stderr.count("\n") == 1
+    assert "513 is longer than the model reads: at most 512" in run.stderr
+
+
 def test_the_recipe_knows_the_starts() -> None:
     for init in ("constant", *INITS):
         assert ConvertOptions(init=init).init == init  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hysparse_cli.calibrate.text import CalibrationText, calibration_text
+from hysparse_cli.calibrate.text import CalibrationText, calibration_text, sequence_tokens_of
 from hysparse_cli.convert.ledger import Ledger, measure_ledger, put_tensors
 from hysparse_cli.convert.plan import Plan
 from hysparse_cli.devices import out_of_memory_is
@@ -76,13 +76,11 @@ def _constants(plan: Plan) -> dict[str, Tensor]:
 
 
 def _text(options: ConvertOptions, dense: Loaded) -> CalibrationText:
-    longest = getattr(dense.model.config, "max_position_embeddings", None)
-    wanted = options.calibration_sequence_tokens or 2 * options.top_k_tokens
     return calibration_text(
         dense.tokenizer,
         data=None if options.calibration is None else Path(options.calibration),
         text_field=options.calibration_text_field,
         tokens=options.calibration_tokens,
-        sequence_tokens=min(wanted, longest or wanted),
+        sequence_tokens=sequence_tokens_of(options, dense.model.config),
         seed=options.seed,
     )
