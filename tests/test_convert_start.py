@@ -111,7 +111,7 @@ def test_every_start_converts_and_reports(
     assert run.exit_code == 0 and run.stderr == "" and "worst head" in run.stdout
     start = json.loads((out / "hysparse_report.json").read_text())["plan"]["start"]
     assert list(start) == ["1", "2"] and len(start["1"]["by_head"]) == 4
-    assert all(fit["fitted"] < fit["as_constant"] for fit in start.values())
+    assert all(fit["fitted"] < fit["half"] for fit in start.values())
     assert load_file(open_checkpoint(out).tensors[f"{GATE}.bias"].shard)[f"{GATE}.bias"].std() > 0
     recipe = out / "hysparse_recipe.yaml"
     again = hysparse("convert", tiny_checkpoint, tmp_path / "again", "--recipe", recipe)

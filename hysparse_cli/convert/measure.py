@@ -12,13 +12,14 @@ from hysparse_cli.calibrate.text import CalibrationText, calibration_text, seque
 from hysparse_cli.convert.ledger import Ledger, measure_ledger, put_tensors
 from hysparse_cli.convert.plan import Plan
 from hysparse_cli.devices import out_of_memory_is
+from hysparse_cli.init.aligned import aligned
 from hysparse_cli.init.copy import copy
 from hysparse_cli.init.start import Init, Start
 from hysparse_cli.loading import Loaded, load, resolve_device
 from hysparse_cli.model.modeling import install
 from hysparse_cli.recipe import ConvertOptions
 
-INITS: dict[str, Init] = {"copy": copy}
+INITS: dict[str, Init] = {"copy": copy, "aligned": aligned}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,16 @@ class Products(NamedTuple):
         both = s * s * self.ss + 2 * s * w * self.sw + w * w * self.ww
         return both - 2 * (s * self.so + w * self.wo) + self.oo
 
+    def to(self, device: torch.device) -> "Products":
+        return Products(*(product.to(device) for product in self))
+
+    def cpu(self) -> "Products":
+        return self.to(torch.device("cpu"))
+
+    @staticmethod
+    def joined(parts: list["Products"]) -> "Products":
+        return Products(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
     def rows(self, begin: int, end: int) -> "Products":
         return Products(*(product[begin:end] for product in self))
 
@@ -94,14 +104,15 @@ def fit_gates(x: Tensor, p: Products) -> Gates:
     return _ridge(x, target, (RIDGES[errors.index(min(errors))],))[0]
 
 
-def fit_of(x: Tensor, p: Products, gates: Gates) -> LayerFit:
-    """How well ``gates`` do on the tokens they were fitted to."""
+def fit_of(x: Tensor, copied: Products, p: Products, gates: Gates) -> LayerFit:
+    """How well ``gates`` do on ``p``, which they were fitted to; ``copied``: without maps."""
     fitted, whole = gates.of(x), p.oo.sum()
     error = p.error(fitted).sum(0)
     half = torch.full_like(fitted, 0.5)
     means = fitted.mean((0, 1)).tolist()
     return LayerFit(
-        as_constant=float(p.error(half).sum() / whole),
+        half=float(copied.error(half).sum() / whole),
+        copied=float(copied.error(best_gates(copied)).sum() / whole),
         best=float(p.error(best_gates(p)).sum() / whole),
         fitted=float(error.sum() / whole),
         by_head=tuple((error / p.oo.sum(0)).tolist()),

@@ -8,8 +8,12 @@ from torch import Tensor
 from hysparse_cli.calibrate.watch import LayerSeen, watch_attention
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.state import Shared
-from hysparse_kernels import Attention, block_sparse_attention, full_attention
-from hysparse_kernels import sliding_window_attention as window_attention
+from hysparse_kernels import (
+    Attention,
+    block_sparse_attention,
+    full_attention,
+    sliding_window_attention,
+)
 
 
 class Branches(NamedTuple):
@@ -48,21 +52,19 @@ def watch_served(model: Any, spec: HysparseSpec, row: Tensor, on_served: OnServe
     watch_attention(model, row[None], on_layer)
 
 
-def branches_of(
-    spec: HysparseSpec, q: Tensor, own: Shared, shared: Shared, seen: LayerSeen
-) -> Branches:
-    """What the branches of a sparse layer put out, with the spec's switches.
-
-    Args:
-        q: (B, T, H, D), the query of both. own, shared: the keys and values of the layer and its
-            server; the block indices are ``shared``'s.
-    """
+def branches_of(spec: HysparseSpec, seen: LayerSeen, shared: Shared) -> Branches:
+    """What the branches of a sparse layer put out, with the spec's switches."""
     options: dict[str, Any] = {"scale": seen.scale, "softcap": seen.softcap, "sinks": seen.sinks}
-    of = {"own": own, "shared": shared, "none": own}
-    sparse, window = of[spec.sparse_kv], of[spec.window_kv]
+    kv = {"own": (seen.k, seen.v), "shared": (shared.k, shared.v)}
     return Branches(
         block_sparse_attention(
-            q, sparse.k, sparse.v, shared.block_idx, block_size=spec.block_size, **options
+            seen.q,
+            *kv[spec.sparse_kv],
+            shared.block_idx,
+            block_size=spec.block_size,
+            **options,
         ),
-        window_attention(q, window.k, window.v, window_tokens=spec.window_tokens, **options),
+        sliding_window_attention(
+            seen.q, *kv[spec.window_kv], window_tokens=spec.window_tokens, **options
+        ),
     )

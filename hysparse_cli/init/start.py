@@ -1,5 +1,6 @@
 """What a measured start gives to ``hysparse convert``."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,15 @@ OnProgress = Callable[[int, int], None]
 class LayerFit:
     """How well a sparse layer fits the dense one, measured where it starts.
 
-    output_error: ||o - o_dense||^2 / ||o_dense||^2 of the attention output before the output
-    projection, over the calibration text: ``as_constant`` with both gates one half, ``best`` with
-    the best gates there are for each token, ``fitted`` with those that were fitted; ``by_head`` is
-    ``fitted`` for each query head. gates: means of the fitted gates, block-sparse and SWA.
+    All are ||o - o_dense||^2 / ||o_dense||^2 of the attention output before the output projection,
+    over the calibration text. half: both gates one half, o and v as they were, as ``constant``
+    starts. copied, best: the best gates there are for each token, with o and v as they were and as
+    they become. fitted: with the fitted gates; ``by_head`` for each query head. gates: means of the
+    fitted gates, block-sparse and SWA.
     """
 
-    as_constant: float
+    half: float
+    copied: float
     best: float
     fitted: float
     by_head: tuple[float, ...]
@@ -45,13 +48,21 @@ class Start:
 
         caption = "squared error of the attention output, relative to the dense layer's"
         table = Table(title="start", title_justify="left", title_style="bold", caption=caption)
-        for name in ("layer", "gates 1/2", "best gates", "fitted", "worst head", "mean gates"):
+        columns = ("gates 1/2", "copied", "best", "fitted", "worst head", "mean gates")
+        for name in ("layer", *columns):
             table.add_column(name, justify="right")
         for layer, fit in self.fits.items():
-            errors = (fit.as_constant, fit.best, fit.fitted, max(fit.by_head))
+            errors = (fit.half, fit.copied, fit.best, fit.fitted, max(fit.by_head))
             gates = f"{fit.gates[0]:.2f} {fit.gates[1]:.2f}"
-            table.add_row(str(layer), *(f"{error:.3f}" for error in errors), gates)
+            table.add_row(str(layer), *(f"{error:.4f}" for error in errors), gates)
         return table
 
 
 Init = Callable[[Any, HysparseSpec, Tensor, OnProgress], Start]
+
+
+def counted(on_progress: OnProgress, steps: int) -> Callable[[], None]:
+    """What to call after each of ``steps`` steps, so that ``on_progress`` hears of them."""
+    done = itertools.count(1)
+    on_progress(0, steps)
+    return lambda: on_progress(next(done), steps)

@@ -8,7 +8,7 @@ from hysparse_cli.model.config import LayoutName, SparseKv, WindowKv, check_swit
 from hysparse_cli.recipe.fields import Device, Dtype, Positive, Section, Size
 
 Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
-Init = Literal["constant", "copy"]
+Init = Literal["constant", "copy", "aligned"]
 SCORED = ("dp", "greedy", "kl")
 
 
@@ -70,6 +70,11 @@ class ConvertOptions(Section):
                 f"block_size {self.block_size} does not divide top_k_tokens {self.top_k_tokens}"
             )
         check_switches(self.layout, self.sparse_kv, self.window_kv)
+        if self.init == "aligned" and (self.sparse_kv, self.window_kv) != ("shared", "own"):
+            raise ValueError(
+                "init aligned fits layers to shared keys and values and keeps the SWA branch as it "
+                f"is: with sparse_kv {self.sparse_kv} and window_kv {self.window_kv} use init copy"
+            )
         places = ("ratio", "pattern", "full_layers", "fit")
         given = [name for name in places if getattr(self, name) is not None]
         if len(given) > 1:

@@ -26,7 +26,7 @@ def test_fitted_gates_of_every_family(family: str) -> None:
         for name in ("weight", "bias")
     }
     for fit in start.fits.values():
-        assert fit.best <= fit.fitted < fit.as_constant
+        assert fit.best <= fit.fitted < fit.half
     install(model, SPEC)
     put_tensors(model, start.tensors)
 

@@ -55,8 +55,8 @@ def test_gates_that_are_linear_in_the_input_are_found() -> None:
     p = products_of(sparse, window, dense[None])
     fitted = fit_gates(x, p)
     assert torch.allclose(fitted.weight, weight, atol=2e-2)
-    fit = fit_of(x, p, fitted)
-    assert fit.best < 1e-6 and fit.fitted < 1e-4 < fit.as_constant
+    fit = fit_of(x, p, p, fitted)
+    assert fit.best < 1e-6 and fit.fitted < 1e-4 < fit.half
     assert len(fit.by_head) == 3 and max(fit.by_head) < 1e-3
 
 
