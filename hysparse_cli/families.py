@@ -1,47 +1,24 @@
 """What differs between model families: one row each, and the ones that can't be right, with why."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from hysparse_cli.errors import UnsupportedModel
-
-Rows = Callable[[int, int, int], list[int]]
-
-
-def _all(size: int, num_kv_heads: int, head_dim: int) -> list[int]:
-    return list(range(size))
-
-
-def _last(size: int, num_kv_heads: int, head_dim: int) -> list[int]:
-    return list(range(size - num_kv_heads * head_dim, size))
-
-
-def _third_of_each_head(size: int, num_kv_heads: int, head_dim: int) -> list[int]:
-    return [row for row in range(size) if row // head_dim % 3 == 2]
-
-
-@dataclass(frozen=True)
-class Value:
-    """Where values come from: the projection's name below the attention module, and its rows.
-
-    rows(size, num_kv_heads, head_dim): those of the values, KV head by KV head, in a projection of
-    ``size`` rows.
-    """
-
-    module: str = "v_proj"
-    rows: Rows = _all
 
 
 @dataclass(frozen=True)
 class Family:
     """attention: the module path of a layer's attention, ``{layer}`` its index.
 
-    output: the output projection's name below it. value: where its values come from.
+    output, value: the names below it of the output projection and of the one that gives values.
+    fused: how that one holds the rows of queries and keys too: "by kind" (q, k, v) or "by head" (q,
+    k, v of the first, of the second ...), or None.
     """
 
     attention: str = "model.layers.{layer}.self_attn"
     output: str = "o_proj"
-    value: Value = Value()
+    value: str = "v_proj"
+    fused: Literal["by kind", "by head"] | None = None
 
     @property
     def decoder(self) -> str:
@@ -62,7 +39,8 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         attention="gpt_neox.layers.{layer}.attention",
         output="dense",
-        value=Value("query_key_value", _third_of_each_head),
+        value="query_key_value",
+        fused="by head",
     ),
     "gpt_oss": Family(),
     "granite": Family(),
@@ -77,7 +55,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(),
     "olmoe": Family(),
     "phi": Family(output="dense"),
-    "phi3": Family(value=Value("qkv_proj", _last)),
+    "phi3": Family(value="qkv_proj", fused="by kind"),
     "qwen2": Family(),
     "qwen2_moe": Family(),
     "qwen3": Family(),

@@ -12,4 +12,4 @@ from hysparse_cli.model.config import HysparseSpec
 def copy(model: Any, spec: HysparseSpec, rows: Tensor, on_progress: OnProgress) -> Start:
     """The fitted gates of every sparse layer (see ``fit_all_gates``)."""
     steps = len(rows) + len(spec.layers.sparse_layers)
-    return fit_all_gates(model, spec, rows, {}, counted(on_progress, steps))
+    return fit_all_gates(model, spec, rows, {}, {}, counted(on_progress, steps))

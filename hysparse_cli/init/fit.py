@@ -9,6 +9,7 @@ from torch import Tensor
 from hysparse_cli.calibrate.watch import LayerSeen
 from hysparse_cli.families import family_of
 from hysparse_cli.init.gates import Products, fit_gates, fit_of, products_of
+from hysparse_cli.init.heads import Order, reordered
 from hysparse_cli.init.served import branches_of, watch_served
 from hysparse_cli.init.start import LayerFit, Start
 from hysparse_cli.init.values import mapped
@@ -21,6 +22,7 @@ def fit_all_gates(
     model: Any,
     spec: HysparseSpec,
     rows: Tensor,
+    orders: Mapping[int, Order],
     maps: Mapping[int, Tensor],
     advance: Callable[[], None],
 ) -> Start:
@@ -31,7 +33,8 @@ def fit_all_gates(
 
     Args:
         model: dense, in eval mode. rows: (N, T) int64, calibration text.
-        maps: (G, D, D) for each sparse layer, of the block-sparse branch's output; none is as is.
+        orders, maps: of each sparse layer, the order of its KV heads and the maps (G, D, D) of its
+            block-sparse branch's output; both empty where it stays as it is.
         advance: is called after each row, and after each sparse layer.
     """
     path = family_of(model.config.model_type).attention
@@ -44,6 +47,8 @@ def fit_all_gates(
         x[layer].append(seen.x.flatten(0, 1).cpu())
         plain[layer].append(products_of(sparse.out, window.out, seen.out).cpu())
         if layer in maps:
+            seen = reordered(seen, orders[layer])
+            sparse, window = branches_of(spec, seen, shared)
             out = mapped(sparse.out, maps[layer])
             with_maps[layer].append(products_of(out, window.out, seen.out).cpu())
 

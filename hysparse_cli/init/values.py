@@ -3,13 +3,14 @@
 Shape suffixes: G KV heads, R query heads of each, D head dim, C hidden size.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hysparse_cli.errors import UnsupportedModel
-from hysparse_cli.families import family_of
+from hysparse_cli.families import Family
 
 RIDGE = 1e-3
 # bfloat16 values lose about this times 2^-9 where A is undone: little beside what A gains
@@ -18,10 +19,9 @@ LARGEST_CONDITION = 32.0
 
 def mapped(out: Tensor, maps: Tensor) -> Tensor:
     """``out`` (B, T, H, D) times its KV head's map, of ``maps`` (G, D, D), float32."""
-    grouped = out.float().unflatten(2, (len(maps), -1))
-    return torch.einsum("btgrd,gde->btgre", grouped, maps.to(out.device, torch.float32)).flatten(
-        2, 3
-    )
+    A = maps.to(out.device, torch.float32)
+    on_mapped: Tensor = torch.einsum("btgrd,gde->btgre", _grouped(out, len(A)), A)
+    return on_mapped.flatten(2, 3)
 
 
 class MapFit:
@@ -39,12 +39,21 @@ class MapFit:
 
     def solve(self) -> Tensor:
         """(G, D, D) float64: the ridge solution, well enough conditioned to be undone."""
-        size = self.square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        ridge = RIDGE * size * torch.eye(self.square.shape[1], dtype=torch.float64)
-        left, values, right = torch.linalg.svd(torch.linalg.solve(self.square + ridge, self.cross))
+        left, values, right = torch.linalg.svd(self._ridge())
         values = torch.maximum(values, values[:, :1] / LARGEST_CONDITION)
         maps: Tensor = left @ torch.diag_embed(values) @ right
         return maps
+
+    def gains(self) -> Tensor:
+        """(G,) how much of the squared ``wanted`` the ridge solution explains."""
+        A = self._ridge()
+        return ((2 * self.cross - self.square @ A) * A).sum((1, 2))
+
+    def _ridge(self) -> Tensor:
+        size = self.square.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        ridge = RIDGE * size * torch.eye(self.square.shape[1], dtype=torch.float64)
+        solution: Tensor = torch.linalg.solve(self.square + ridge, self.cross)
+        return solution
 
 
 def fold_is_exact(config: Any) -> None:
@@ -59,33 +68,37 @@ def fold_is_exact(config: Any) -> None:
         )
 
 
-def fold(model: Any, layer: int, maps: Tensor) -> dict[str, Tensor]:
+def fold(family: Family, tensors: Mapping[str, Tensor], maps: Tensor) -> dict[str, Tensor]:
     """o and v of a layer such that another layer's values V are read as V A.
 
     o becomes A o for the heads of each KV head, and v becomes A^-1 v: what reads the layer's own
     values puts out exactly what it did.
 
     Args:
-        maps: (G, D, D) float64, A for each KV head.
-    Returns: the changed tensors by full name, float64.
+        tensors: the attention module's, by name below it. maps: (G, D, D) float64, A by KV head.
+    Returns: the changed tensors by name, float64.
     """
-    family = family_of(model.config.model_type)
-    path = family.attention.format(layer=layer)
-    attention: Any = model.get_submodule(path)
-    A = maps.to(attention.get_submodule(family.output).weight.device)
-    o = attention.get_submodule(family.output).weight.double()  # [C, H * D]
+    name = f"{family.output}.weight"
+    o = tensors[name].double()  # [C, H * D]
+    A = maps.to(o.device)
     G, D = A.shape[:2]
-    by_head = o.unflatten(1, (G, -1, D))
-    tensors = {f"{family.output}.weight": torch.einsum("cgrd,ged->cgre", by_head, A).flatten(1)}
-    values = attention.get_submodule(family.value.module)
+    folded = {name: torch.einsum("cgrd,ged->cgre", o.view(len(o), G, -1, D), A).flatten(1)}
     undone = torch.linalg.inv(A).transpose(1, 2)
-    for name, parameter in values.named_parameters():
-        rows = family.value.rows(len(parameter), G, D)
-        changed = parameter.double().clone()
-        own = changed[rows].unflatten(0, (G, D))
-        changed[rows] = torch.einsum("gde,ge...->gd...", undone, own).flatten(0, 1)
-        tensors[f"{family.value.module}.{name}"] = changed
-    return {f"{path}.{name}": tensor.cpu() for name, tensor in tensors.items()}
+    for name in (f"{family.value}.weight", f"{family.value}.bias"):
+        if name not in tensors:
+            continue
+        changed = tensors[name].double().clone()
+        rows = _value_rows(family, len(changed), G, D)
+        own = changed[rows].view(G, D, -1)
+        changed[rows] = (undone @ own).view_as(changed[rows])
+        folded[name] = changed
+    return folded
+
+
+def _value_rows(family: Family, size: int, num_kv_heads: int, head_dim: int) -> list[int]:
+    if family.fused == "by head":
+        return [row for row in range(size) if row // head_dim % 3 == 2]
+    return list(range(size - num_kv_heads * head_dim, size))
 
 
 def _grouped(out: Tensor, num_kv_heads: int) -> Tensor:
