@@ -68,6 +68,8 @@ def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
             install(dense.model, spec)
             dense.model.to(device, dense.model.dtype)
             put_tensors(dense.model, _constants(plan) | (start.tensors if start else {}))
+            kept = max(1, options.explain_tokens // text.rows.shape[1])
+            text = CalibrationText(text.rows[:kept], text.answers[:kept])
             ledger = measure_ledger(dense.model, spec, text, lambda *at: on_progress("ledger", *at))
     return replace(plan, measured=Measured(start, ledger))
 

@@ -26,7 +26,8 @@ class ConvertOptions(Section):
 
     ``sparse_kv`` and ``window_kv`` are the ablations of the paper's Table 4 (model/config.py).
     ``init`` says how the new layers start (see init/), and ``explain`` measures what each mechanism
-    costs (convert/ledger.py), both on the calibration text.
+    costs (convert/ledger.py), both on the calibration text, of which ``explain`` reads the first
+    ``explain_tokens``: it runs the model many times.
     """
 
     layout: LayoutName = "hysparse"
@@ -45,6 +46,7 @@ class ConvertOptions(Section):
     window_kv: WindowKv = "own"
     init: Init = "constant"
     explain: bool = False
+    explain_tokens: Positive = 8192
     dtype: Dtype = "auto"
     max_shard_size: Size = "5GB"
     calibration: str | None = None
