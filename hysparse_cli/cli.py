@@ -139,6 +139,15 @@ def convert(
     max_position_embeddings: Annotated[
         int | None, typer.Option(help="New longest input in tokens, to be healed at.")
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="How new layers start: constant, or copy (measured).  [default: constant]"
+        ),
+    ] = None,
+    explain: Annotated[
+        bool | None, typer.Option("--explain", help="Measure what each mechanism costs.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16.  [default: as it is]")
     ] = None,
@@ -159,7 +168,7 @@ def convert(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a dense checkpoint into a HySparse one; the weights stay what they are."""
+    """Turn a dense checkpoint into a HySparse one."""
     from hysparse_cli.convert.run import execute, plan
     from hysparse_cli.recipe import (
         ConvertOptions,
@@ -187,9 +196,18 @@ def convert(
                 source, options, planned.spec.pattern, _score_file(options, out), advance
             )
         planned = plan(source, options, chosen)
-    if dry_run or not as_json:
+    if not as_json:
         show(planned, as_json)
+    if planned.runs_the_model and (options.explain or not dry_run):
+        from hysparse_cli.convert.measure import measured
+
+        with stages() as advance_stage:
+            planned = measured(planned, advance_stage)
+        if not as_json:
+            show(planned.measured, as_json)
     if dry_run:
+        if as_json:
+            show(planned, as_json)
         warn(planned.warnings)
         return
     with progress(f"writing {out.name}") as advance:

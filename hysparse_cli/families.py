@@ -1,15 +1,24 @@
 """What differs between model families: one row each, and the ones that can't be right, with why."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hysparse_cli.errors import UnsupportedModel
 
 
 @dataclass(frozen=True)
 class Family:
-    """attention: the module path of a layer's attention, ``{layer}`` its index."""
+    """attention: the module path of a layer's attention, ``{layer}`` its index.
+
+    output, value: the names below it of the output projection and of the one that gives values.
+    fused: how that one holds the rows of queries and keys too: "by kind" (q, k, v) or "by head" (q,
+    k, v of the first, of the second ...), or None.
+    """
 
     attention: str = "model.layers.{layer}.self_attn"
+    output: str = "o_proj"
+    value: str = "v_proj"
+    fused: Literal["by kind", "by head"] | None = None
 
     @property
     def decoder(self) -> str:
@@ -32,7 +41,12 @@ FAMILIES: dict[str, Family] = {
     "glm": Family(),
     "glm4": Family(),
     "glm4_moe": Family(),
-    "gpt_neox": Family(attention="gpt_neox.layers.{layer}.attention"),
+    "gpt_neox": Family(
+        attention="gpt_neox.layers.{layer}.attention",
+        output="dense",
+        value="query_key_value",
+        fused="by head",
+    ),
     "gpt_oss": Family(),
     "granite": Family(),
     "granitemoe": Family(),
@@ -45,8 +59,8 @@ FAMILIES: dict[str, Family] = {
     "olmo": Family(),
     "olmo2": Family(),
     "olmoe": Family(),
-    "phi": Family(),
-    "phi3": Family(),
+    "phi": Family(output="dense"),
+    "phi3": Family(value="qkv_proj", fused="by kind"),
     "qwen2": Family(),
     "qwen2_moe": Family(),
     "qwen3": Family(),

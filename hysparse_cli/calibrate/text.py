@@ -7,7 +7,7 @@ it would call far attention useless.
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from hysparse_cli.documents import read_documents
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.evaluate.encoded import encode
 from hysparse_cli.evaluate.retrieval import FORMS, Context, Form, Task, excerpt_of, write_context
+from hysparse_cli.recipe import ConvertOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +89,23 @@ def calibration_rows(
         sequence_tokens=sequence_tokens,
         seed=seed,
     ).rows
+
+
+def sequence_tokens_of(options: ConvertOptions, config: Any) -> int:
+    """How long a row is: what the options say, or twice what a sparse layer selects.
+
+    Args:
+        config: the model's transformers config.
+    Raises: InvalidRecipe where rows would be longer than the model reads.
+    """
+    longest: int = config.max_position_embeddings
+    length = options.calibration_sequence_tokens or min(longest, 2 * options.top_k_tokens)
+    if length > longest:
+        raise InvalidRecipe(
+            f"convert.calibration_sequence_tokens {length} is longer than the model reads: at most "
+            f"{longest} tokens"
+        )
+    return length
 
 
 def _running_text(

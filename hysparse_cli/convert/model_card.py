@@ -66,7 +66,7 @@ def model_card(plan: Plan) -> str:
         layout=spec.layout,
         training=UNTRAINED if spec.layers.sparse_layers else "",
         pattern=spec.pattern,
-        selection=blocks if spec.layout == "hysparse" else "none",
+        selection=blocks if spec.selects else "none",
         window=spec.window_tokens,
         dtype=plan.dtype,
         kv="\n".join(_kv_row(plan, name, tokens) for name, tokens in CONTEXTS.items()),

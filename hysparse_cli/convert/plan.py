@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hysparse_cli.checkpoint import Checkpoint
 from hysparse_cli.kv_cache import KvCache
@@ -11,6 +11,9 @@ from hysparse_cli.recipe import ConvertOptions
 from hysparse_cli.selection.fit import Fit
 from hysparse_cli.selection.result import Selection
 from hysparse_cli.source import Source
+
+if TYPE_CHECKING:
+    from hysparse_cli.convert.measure import Measured
 
 CONTEXTS = {"8k": 8192, "32k": 32768, "128k": 131072}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -23,6 +26,7 @@ class Plan:
     ``config`` is the new config.json. ``new_tensors`` has full names. ``dtype`` is torch's name of
     the dtype of the new tensors and the cache. ``repack`` says that weights are written anew, not
     copied shard by shard. ``unused`` tensors are kept although transformers will not load them.
+    ``measured``: what running the dense model gave (see measure.py), or None.
     """
 
     source: Source
@@ -40,10 +44,23 @@ class Plan:
     kv: KvCache
     fit: Fit | None
     selection: Selection | None
+    measured: "Measured | None" = None
 
     @property
     def num_layers(self) -> int:
         return len(self.spec.pattern)
+
+    @property
+    def start_is_measured(self) -> bool:
+        """Whether the new tensors are fitted: without two branches there are no gates to fit."""
+        two = self.spec.num_branches == 2 and bool(self.spec.layers.sparse_layers)
+        return self.options.init != "constant" and two
+
+    @property
+    def runs_the_model(self) -> bool:
+        """Whether the dense model is to be loaded and run (see measure.py)."""
+        explains = self.options.explain and bool(self.spec.layers.sparse_layers)
+        return explains or self.start_is_measured
 
     @property
     def output_bytes(self) -> int:
@@ -69,7 +86,7 @@ class Plan:
 
     @property
     def _shares(self) -> bool:
-        return self.spec.layout == "hysparse"
+        return self.spec.selects
 
     @property
     def warnings(self) -> list[str]:
@@ -96,9 +113,8 @@ class Plan:
     @property
     def widened(self) -> tuple[int, ...]:
         """Full layers whose dense counterparts have a sliding window."""
-        before, after = self.dense_kv.windows, self.kv.windows
-        both = enumerate(zip(before, after, strict=True))
-        return tuple(layer for layer, (old, new) in both if old is not None and new is None)
+        before, after, full = self.dense_kv.windows, self.kv.windows, self.spec.layers.full_layers
+        return tuple(i for i in full if before[i] is not None and after[i] is None)
 
     def table(self) -> Any:
         """A row a layer, and the KV cache in total against the dense model's."""
@@ -158,6 +174,7 @@ class Plan:
             "dense_kv_bytes": dict(zip(keys, self._totals(self.dense_kv), strict=True)),
             "fit": self.fit and self.fit.as_json(),
             "selection": self.selection and self.selection.as_json(),
+            **(self.measured.as_json() if self.measured else {}),
             "warnings": self.warnings,
         }
 

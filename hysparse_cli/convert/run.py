@@ -132,7 +132,6 @@ def plan(source: Source, options: ConvertOptions, selection: Selection | None = 
     own_sinks = f"{family.attention.format(layer=0)}.sinks" in expected.shapes
     added = new_tensors(dense.num_attention_heads, dense.hidden_size, spec, own_sinks=own_sinks)
     by_layer = tuple(_names(added, family, spec, layer) for layer in range(len(spec.pattern)))
-    windows = tuple(spec.window_tokens if kind == "S" else None for kind in spec.pattern)
     return Plan(
         source=source,
         checkpoint=checkpoint,
@@ -146,7 +145,7 @@ def plan(source: Source, options: ConvertOptions, selection: Selection | None = 
         repack=_must_repack(checkpoint, options),
         unused=tuple(unused),
         dense_kv=dense_kv,
-        kv=dense_kv.with_windows(windows) if spec.layers.sparse_layers else dense_kv,
+        kv=dense_kv.with_windows(spec.cache_windows) if spec.layers.sparse_layers else dense_kv,
         fit=fit,
         selection=selection,
     )
@@ -213,6 +212,8 @@ def _spec(options: ConvertOptions, chosen: Layout) -> HysparseSpec:
         block_size=options.block_size,
         top_k_tokens=options.top_k_tokens,
         window_tokens=options.window_tokens,
+        sparse_kv=options.sparse_kv,
+        window_kv=options.window_kv,
     )
 
 

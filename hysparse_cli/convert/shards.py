@@ -38,13 +38,14 @@ OnBytes = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor to be written: one that lies in a source shard, or one of a constant ``fill``."""
+    """A tensor to be written: ``values``, one in a source shard, or one of a constant ``fill``."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     source: StoredTensor | None = None
     fill: float = 0.0
+    values: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -92,6 +93,12 @@ class ShardWriter:
         with (self._folder / name).open("xb", buffering=0) as target:
             _write(target, _header(pieces))
             for piece in pieces:
+                if piece.values is not None:
+                    cast = piece.values.to(piece.dtype)
+                    self._look_at(piece.name, cast)
+                    _write(target, _raw(cast))
+                    self._on_bytes(0 if piece.source is None else piece.source.size)
+                    continue
                 if piece.source is None:
                     filled = torch.full(piece.shape, piece.fill, dtype=piece.dtype)
                     _write(target, _raw(filled))

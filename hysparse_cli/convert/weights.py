@@ -1,6 +1,6 @@
 """The weights of a converted checkpoint: the dense model's, and the new tensors beside them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,13 +29,22 @@ class Written:
 
 
 def write_weights(plan: Plan, folder: Path, on_progress: Callable[[int, int], None]) -> Written:
-    """Write all shards into ``folder``: source shards as they are unless the plan says repack."""
+    """Write all shards into ``folder``: source shards as they are unless the plan says repack.
+
+    A measured start's tensors take the place of the new ones' constants and of the dense model's: a
+    shard that holds one of these is written anew, with the same tensors in the same order.
+    """
+    start = plan.measured.start if plan.measured else None
+    measured = start.tensors if start else {}
+    unknown = measured.keys() - plan.new_tensors.keys() - plan.checkpoint.tensors.keys()
+    assert not unknown, f"measured, but in no shard: {sorted(unknown)}"
     new = [
-        Piece(name, getattr(torch, plan.dtype), tensor.shape, fill=tensor.fill)
+        Piece(name, getattr(torch, plan.dtype), tensor.shape, None, tensor.fill, measured.get(name))
         for name, tensor in plan.new_tensors.items()
     ]
     sources = plan.checkpoint.shards
-    stored = [[_piece(tensor, plan) for tensor in shard.tensors] for shard in sources]
+    stored = [[_piece(tensor, plan, measured) for tensor in shard.tensors] for shard in sources]
+    changed = [any(piece.values is not None for piece in pieces) for pieces in stored]
     limit = bytes_of(plan.options.max_shard_size)
     if plan.repack:
         groups = pack([piece for pieces in stored for piece in pieces] + new, limit)
@@ -55,7 +64,7 @@ def write_weights(plan: Plan, folder: Path, on_progress: Callable[[int, int], No
     on_disk = []
     with one_thread(), ThreadPoolExecutor(1) as syncer:
         for position, (name, pieces) in enumerate(zip(names, groups, strict=True)):
-            if plan.repack or position >= len(sources):
+            if plan.repack or position >= len(sources) or changed[position]:
                 writer.write(pieces, name)
             else:
                 writer.copy(sources[position], name)
@@ -84,11 +93,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _piece(tensor: StoredTensor, plan: Plan) -> Piece:
+def _piece(tensor: StoredTensor, plan: Plan, measured: Mapping[str, torch.Tensor]) -> Piece:
     dtype = DTYPES[tensor.dtype]
     if dtype.is_floating_point and plan.options.dtype != "auto":
         dtype = getattr(torch, plan.dtype)
-    return Piece(tensor.name, dtype, tensor.shape, source=tensor)
+    return Piece(tensor.name, dtype, tensor.shape, tensor, values=measured.get(tensor.name))
 
 
 def _shard_names(count: int) -> list[str]:

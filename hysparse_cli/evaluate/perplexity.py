@@ -69,22 +69,28 @@ def measure_loss(
     for done, batch in enumerate(batches):
         on_progress(done, len(batches))
         input_ids = torch.tensor(batch, device=model.device)
-        total += _summed_loss(model, input_ids)
+        total += float(token_losses(model, input_ids).double().sum())
         tokens += input_ids[:, 1:].numel()
     on_progress(len(batches), len(batches))
     return Loss(total / tokens, tokens, len(windows))
 
 
-def _summed_loss(model: Any, input_ids: Tensor) -> float:
-    """The loss of all predicted tokens of input_ids (B, T), logits a stretch at a time."""
-    hidden, labels = hidden_states(model, input_ids)[:, :-1], input_ids[:, 1:]
+@torch.no_grad()
+def token_losses(model: Any, input_ids: Tensor, **options: Any) -> Tensor:
+    """The loss of each predicted token, logits a stretch at a time.
+
+    Args:
+        input_ids: (B, T). options: what else the model's forward is given.
+    Returns: (B, T - 1) float32, of tokens 1 to T - 1, in nats.
+    """
+    hidden, labels = hidden_states(model, input_ids, **options)[:, :-1], input_ids[:, 1:]
     stretch = max(1, LOGITS_AT_ONCE // (model.config.vocab_size * len(input_ids)))
-    total = 0.0
+    parts = []
     for begin in range(0, labels.shape[1], stretch):
-        logits = logits_of(model, hidden[:, begin : begin + stretch]).float().flatten(0, 1)
-        answers = labels[:, begin : begin + stretch].flatten()
-        total += float(F.cross_entropy(logits, answers, reduction="none").double().sum())
-    return total
+        logits = logits_of(model, hidden[:, begin : begin + stretch]).float()
+        answers = labels[:, begin : begin + stretch]
+        parts.append(F.cross_entropy(logits.transpose(1, 2), answers, reduction="none"))
+    return torch.cat(parts, dim=1)
 
 
 def _batches(windows: Sequence[list[int]], batch_size: int) -> list[list[list[int]]]:

@@ -89,8 +89,8 @@ class _Watch:
             self.lists[f"layer.{layer}"] = block_idx[0].int().cpu().contiguous()
             self.full_layers.append(FullLayer(layer, serves, selection_maps(inputs)))
             return
-        assert gates is not None, "a served layer has gates"
-        gate_sparse, gate_window = gates.mean((0, 1, 2)).tolist()
+        # without an SWA branch there are no gates, and the block-sparse one is open
+        gate_sparse, gate_window = (1.0, 0.0) if gates is None else gates.mean((0, 1, 2)).tolist()
         served = ServedLayer(
             layer, layout.server_of(layer), fit_of(inputs, self.seed), gate_sparse, gate_window
         )
@@ -129,7 +129,7 @@ def _spec_of(checkpoint: str, config: Any) -> HysparseSpec:
             f"{checkpoint} is a dense model, which selects nothing: convert it first "
             "(hysparse convert)"
         )
-    if spec.layout != "hysparse" or not spec.layers.sparse_layers:
+    if not spec.selects or not spec.layers.sparse_layers:
         raise InvalidRecipe(
             f"{checkpoint} has layout {spec.layout} {spec.pattern}, which selects nothing: convert "
             "the dense model with --layout hysparse first"

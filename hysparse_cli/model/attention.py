@@ -16,7 +16,11 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from hysparse_cli.model.config import HysparseSpec, new_tensors
 from hysparse_cli.model.state import ForwardState, Shared
 from hysparse_kernels import (
+    Attention,
+    KeyRange,
+    block_sparse_attention,
     full_attention,
+    gated_sum,
     sliding_window_attention,
     sparse_layer_attention,
 )
@@ -41,7 +45,7 @@ class Branches(nn.Module):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor]:
         """Args: hidden_states: (B, T, hidden).
 
-        Returns: gate logits (B, T, H, 2), None without a block-sparse branch; sinks (H, branches).
+        Returns: gate logits (B, T, H, 2), None with one branch alone; sinks (H, branches).
         """
         if self.gate is None:
             return None, self.sinks
@@ -115,7 +119,7 @@ def hysparse_attention(
     q, k = query.transpose(1, 2).to(v.dtype), key.transpose(1, 2).to(v.dtype)
     call = _Call(module.layer_idx, q, k, v, scaling, softcap, s_aux, hysparse)
     with torch.autocast(query.device.type, enabled=False):
-        if branches is None:
+        if branches is None or hysparse.attends_in_full(module.layer_idx):
             return call.full(), None
         return call.sparse(*branches), None
 
@@ -145,7 +149,7 @@ class _Call:
                 f"layer {self.layer} sees {self.k.shape[1]} keys where {state.num_keys} are cached "
                 "and new: gradient checkpointing drops a cache, use one or the other"
             )
-        serves = spec.num_branches == 2 and spec.layers.serves(self.layer)
+        serves = spec.selects and spec.layers.serves(self.layer)
         result = full_attention(
             self.q,
             self.k,
@@ -165,35 +169,77 @@ class _Call:
         state, spec = self.state, self.state.spec
         if self.own_sinks is not None:
             sinks = sinks + self.own_sinks[:, None]
-        if gate_logits is None:
+        if not spec.selects:
             self._observe(None, None)
-            return sliding_window_attention(
-                self.q,
-                self.k,
-                self.v,
-                window_tokens=spec.window_tokens,
-                key_range=state.window_range,
-                sinks=sinks[:, 0],
-                **self.options,
-            ).out
+            return self._window(None, sinks[:, 0]).out
         shared = state.shared_by(spec.layers.server_of(self.layer))
-        k, v = (shared.k, shared.v) if spec.sparse_kv == "shared" else (self.k, self.v)
         self._observe(shared.block_idx, gate_logits)
+        if state.variation is not None and not state.variation.learned:
+            return self._merged(shared)
+        if spec.window_kv == "none":
+            return self._block_sparse(shared, sinks[:, 0]).out
+        assert gate_logits is not None, "two branches have gates"
+        k, v, _ = self._keys_of(shared if spec.sparse_kv == "shared" else None)
+        window_k, window_v, window_range = self._keys_of(
+            shared if spec.window_kv == "shared" else None
+        )
         return sparse_layer_attention(
             self.q,
             k,
             v,
             shared.block_idx,
-            self.k,
-            self.v,
+            window_k,
+            window_v,
             gate_logits,
             block_size=spec.block_size,
             window_tokens=spec.window_tokens,
             sinks=sinks,
             key_range=state.key_range,
-            window_range=state.window_range,
+            window_range=window_range,
             **self.options,
         )
+
+    def _keys_of(self, shared: Shared | None) -> tuple[Tensor, Tensor, KeyRange]:
+        """Keys, values and their range: the server's, or the layer's own as its cache has them."""
+        if shared is None:
+            return self.k, self.v, self.state.window_range
+        return shared.k, shared.v, self.state.key_range
+
+    def _block_sparse(self, shared: Shared, sinks: Tensor | None) -> Attention:
+        spec = self.state.spec
+        k, v, _ = self._keys_of(shared if spec.sparse_kv == "shared" else None)
+        return block_sparse_attention(
+            self.q,
+            k,
+            v,
+            shared.block_idx,
+            block_size=spec.block_size,
+            key_range=self.state.key_range,
+            sinks=sinks,
+            **self.options,
+        )
+
+    def _window(self, shared: Shared | None, sinks: Tensor | None) -> Attention:
+        k, v, key_range = self._keys_of(shared)
+        return sliding_window_attention(
+            self.q,
+            k,
+            v,
+            window_tokens=self.state.spec.window_tokens,
+            key_range=key_range,
+            sinks=sinks,
+            **self.options,
+        )
+
+    def _merged(self, shared: Shared) -> Tensor:
+        """Both branches as one softmax over their keys, a family's own sinks in it once."""
+        spec = self.state.spec
+        sparse = self._block_sparse(shared, self.own_sinks)
+        if spec.window_kv == "none":
+            return sparse.out
+        window = self._window(shared if spec.window_kv == "shared" else None, None)
+        difference = sparse.lse - window.lse
+        return gated_sum(sparse.out, window.out, torch.stack([difference, -difference], -1))
 
     def _observe(self, block_idx: Tensor | None, gate_logits: Tensor | None) -> None:
         if self.state.observer is None:

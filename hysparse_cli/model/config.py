@@ -14,6 +14,11 @@ from hysparse_cli.layout import Layout
 MODEL_TYPE = "hysparse"
 FORMAT_VERSION = 1
 SINK_OFF = -10.0  # a sink's start: next to nothing, yet finite, or its gradient would be dead
+NO_WINDOW_TOKENS = 2  # transformers' smallest window: its cache then holds one token
+
+LayoutName = Literal["hysparse", "hybrid-swa", "full"]
+SparseKv = Literal["shared", "own"]
+WindowKv = Literal["own", "shared", "none"]
 
 HUB_SHIM_NAME = "hysparse_hub.py"
 HUB_SHIM = '''"""Lets transformers find HySparse where it is installed: pip install hysparse."""
@@ -29,17 +34,25 @@ class HysparseSpec:
     """What makes a checkpoint HySparse: the ``hysparse`` section of its config.json.
 
     pattern: one letter a layer (layout.py). layout: "hysparse"; "hybrid-swa" has no block-sparse
-    branch; "full" is the dense model. sparse_kv: whose keys and values the block-sparse branch
-    reads, the server's ("shared") or the layer's own ("own", the paper's Table 4 ablation).
+    branch; "full" is the dense model. sparse_kv, window_kv: whose keys and values the block-sparse
+    branch and the SWA branch read, the server's ("shared") or the layer's own; window_kv "none"
+    leaves the SWA branch out, and the gates with it. What is not the default is an ablation of the
+    paper's Table 4.
+
+    Raises: ValueError where the switches do not fit the layout.
     """
 
     pattern: str
-    layout: Literal["hysparse", "hybrid-swa", "full"] = "hysparse"
+    layout: LayoutName = "hysparse"
     block_size: int = 64
     top_k_tokens: int = 1024
     window_tokens: int = 128
-    sparse_kv: Literal["shared", "own"] = "shared"
+    sparse_kv: SparseKv = "shared"
+    window_kv: WindowKv = "own"
     version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        check_switches(self.layout, self.sparse_kv, self.window_kv)
 
     @cached_property
     def layers(self) -> Layout:
@@ -50,15 +63,43 @@ class HysparseSpec:
         return self.top_k_tokens // self.block_size
 
     @property
+    def selects(self) -> bool:
+        """Whether the sparse layers have a block-sparse branch, which the full ones select for."""
+        return self.layout == "hysparse"
+
+    @property
     def num_branches(self) -> int:
-        """Attention branches of a sparse layer: block-sparse and SWA, or SWA alone."""
-        return 1 if self.layout == "hybrid-swa" else 2
+        """Attention branches of a sparse layer: block-sparse and SWA, or one of them alone."""
+        return 2 if self.selects and self.window_kv != "none" else 1
 
     @property
     def layer_types(self) -> list[str]:
         """transformers' name for what each layer's cache keeps: all tokens, or a window of them."""
         sparse = "full_attention" if self.sparse_kv == "own" else "sliding_attention"
         return ["full_attention" if kind == "F" else sparse for kind in self.pattern]
+
+    @property
+    def cache_window_tokens(self) -> int:
+        """The ``sliding_window`` of the sparse layers' caches; next to none where none is read."""
+        return self.window_tokens if self.window_kv == "own" else NO_WINDOW_TOKENS
+
+    @property
+    def cache_windows(self) -> tuple[int | None, ...]:
+        """Each layer's cache: its window in tokens, or None where it keeps all tokens."""
+        window = self.cache_window_tokens
+        return tuple(window if t == "sliding_attention" else None for t in self.layer_types)
+
+
+def check_switches(layout: LayoutName, sparse_kv: SparseKv, window_kv: WindowKv) -> None:
+    """Refuse switches of branches that ``layout`` does not have.
+
+    Raises: ValueError.
+    """
+    if layout == "hybrid-swa" and (sparse_kv, window_kv) != ("shared", "own"):
+        raise ValueError(
+            f"layout hybrid-swa has the SWA branch alone, over each layer's own keys: sparse_kv "
+            f"{sparse_kv} and window_kv {window_kv} are for layout hysparse, leave them out"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +138,7 @@ def converted_config(base: dict[str, Any], spec: HysparseSpec) -> dict[str, Any]
     config["hysparse"] = asdict(spec)
     if spec.layers.sparse_layers:
         config["layer_types"] = spec.layer_types
-        config["sliding_window"] = spec.window_tokens
+        config["sliding_window"] = spec.cache_window_tokens
         if "attention_dropout" in config:  # HySparse attention has none
             config["attention_dropout"] = 0.0
     return config

@@ -61,24 +61,8 @@ class _HySparseModel:
             raise ValueError(_no_choice(config._attn_implementation))
         config._attn_implementation = ATTENTION_NAME
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        self._install(spec)
+        install(self, spec)
         self.post_init()  # type: ignore[attr-defined]
-
-    def _install(self, spec: HysparseSpec) -> None:
-        family = family_of(self.config.model_type)
-        model: Any = self
-        for layer in spec.layers.sparse_layers:
-            attention: Any = model.get_submodule(family.attention.format(layer=layer))
-            stock: Any = type(attention)
-            attention.__class__ = sparse_class(stock)
-            attention.hysparse = Branches(
-                self.config.num_attention_heads,
-                self.config.hidden_size,
-                spec,
-                own_sinks=hasattr(attention, "sinks"),
-            )
-        decoder = model.get_submodule(family.decoder)
-        decoder.register_forward_pre_hook(StateHook(spec), with_kwargs=True)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Branches):  # after its children, whose values it overwrites
@@ -90,6 +74,25 @@ class _HySparseModel:
         if self.config._attn_implementation == ATTENTION_NAME != attn_implementation:
             raise ValueError(_no_choice(attn_implementation))
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+
+
+def install(model: Any, spec: HysparseSpec) -> None:
+    """Make the S layers of a stock causal language model sparse attention layers, in place."""
+    config = model.config
+    config._attn_implementation = ATTENTION_NAME
+    family = family_of(config.model_type)
+    for layer in spec.layers.sparse_layers:
+        attention: Any = model.get_submodule(family.attention.format(layer=layer))
+        stock: Any = type(attention)
+        attention.__class__ = sparse_class(stock)
+        attention.hysparse = Branches(
+            config.num_attention_heads,
+            config.hidden_size,
+            spec,
+            own_sinks=hasattr(attention, "sinks"),
+        )
+    decoder = model.get_submodule(family.decoder)
+    decoder.register_forward_pre_hook(StateHook(spec), with_kwargs=True)
 
 
 class StateHook:
@@ -106,13 +109,15 @@ class StateHook:
             inputs = kwargs["inputs_embeds"]
         # generate with a static cache hands a dict of masks, which not every decoder takes
         kwargs["attention_mask"] = padding_mask(kwargs.get("attention_mask"))
+        variation = kwargs.pop("hysparse_variation", None)
         kwargs["hysparse"] = forward_state(
-            self.spec,
+            self.spec if variation is None else variation.spec,
             inputs,
             kwargs["attention_mask"],
             kwargs.get("position_ids"),
             kwargs.get("past_key_values"),
             kwargs.pop("hysparse_observer", None),
+            variation,
         )
         return args, kwargs
 

@@ -72,7 +72,7 @@ class _FromBase:
         config.hysparse = config_dict["hysparse"]
         if sparse:  # after construction: some families' constructors overwrite them
             config.layer_types = spec.layer_types
-            config.sliding_window = spec.window_tokens
+            config.sliding_window = spec.cache_window_tokens
         return built
 
     def to_dict(self) -> dict[str, Any]:

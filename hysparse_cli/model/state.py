@@ -25,11 +25,24 @@ class Shared(NamedTuple):
     block_idx: Tensor
 
 
+class Variation(NamedTuple):
+    """What one forward without a cache does otherwise than the model's config says.
+
+    spec: the model's, with other switches. sparse_layers: the sparse layers that are sparse; the
+    others attend in full to their own keys. learned: whether gates and sinks are used; without them
+    both branches are merged as one softmax over the keys of both (a key in both counts twice).
+    """
+
+    spec: HysparseSpec
+    sparse_layers: frozenset[int]
+    learned: bool
+
+
 class ForwardState:
     """One forward's state: no dataclass, of which FSDP2 would hand each layer a copy of its own.
 
     ``key_range`` is over the ``num_keys`` keys of a full layer, ``window_range`` over the keys that
-    a sparse layer's own cache hands out.
+    a sparse layer's own cache hands out. ``spec`` is the variation's where there is one.
     """
 
     def __init__(
@@ -39,11 +52,17 @@ class ForwardState:
         key_range: KeyRange,
         window_range: KeyRange,
         observer: Observer | None = None,
+        variation: Variation | None = None,
     ):
-        self.spec, self.num_keys, self.observer = spec, num_keys, observer
+        self.spec, self.num_keys = spec, num_keys
+        self.observer, self.variation = observer, variation
         self.key_range, self.window_range = key_range, window_range
         self.grad_enabled = torch.is_grad_enabled()
         self._shared: dict[int, Shared] = {}
+
+    def attends_in_full(self, sparse_layer: int) -> bool:
+        """Whether this forward's variation makes a sparse layer attend to all of its own keys."""
+        return self.variation is not None and sparse_layer not in self.variation.sparse_layers
 
     def publish(self, full_layer: int, shared: Shared) -> None:
         """Hand a full layer's keys, values and selection to the layers it serves.
@@ -93,6 +112,7 @@ def forward_state(
     position_ids: Tensor | None,
     past_key_values: Any,
     observer: Observer | None = None,
+    variation: Variation | None = None,
 ) -> ForwardState:
     """The state of a forward over ``inputs``: (B, T) ids or (B, T, hidden) embeddings.
 
@@ -129,7 +149,7 @@ def forward_state(
     diagonal = offset if plain and not isinstance(offset, Tensor) else None
     whole = KeyRange(first, last, mask, diagonal)
     window = _window(whole, window_keys, window_offset)
-    return ForwardState(spec, num_keys, whole, window, observer)
+    return ForwardState(spec, num_keys, whole, window, observer, variation)
 
 
 def _from_mask(

@@ -4,9 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from hysparse_cli.model.config import LayoutName, SparseKv, WindowKv, check_switches
 from hysparse_cli.recipe.fields import Device, Dtype, Positive, Real, Section, Size
 
 Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
+Init = Literal["constant", "copy", "aligned"]
 SCORED = ("dp", "greedy", "kl")
 
 
@@ -23,9 +25,14 @@ class ConvertOptions(Section):
     ``scores`` the file that keeps what was measured, ``OUT.scores.json`` by default.
     ``rope_theta`` is a new base of the rotary embedding and
     ``max_position_embeddings`` a new longest input, for a model that will be healed at that length.
+
+    ``sparse_kv`` and ``window_kv`` are the ablations of the paper's Table 4 (model/config.py).
+    ``init`` says how the new layers start (see init/), and ``explain`` measures what each mechanism
+    costs (convert/ledger.py), both on the calibration text, of which ``explain`` reads the first
+    ``explain_tokens``: it runs the model many times.
     """
 
-    layout: Literal["hysparse", "hybrid-swa", "full"] = "hysparse"
+    layout: LayoutName = "hysparse"
     strategy: Strategy | None = None
     ratio: str | None = None
     fit: Size | None = None
@@ -39,6 +46,11 @@ class ConvertOptions(Section):
     window_tokens: Annotated[int, Field(gt=1)] = 128
     rope_theta: Annotated[Real, Field(gt=0)] | None = None
     max_position_embeddings: Positive | None = None
+    sparse_kv: SparseKv = "shared"
+    window_kv: WindowKv = "own"
+    init: Init = "constant"
+    explain: bool = False
+    explain_tokens: Positive = 8192
     dtype: Dtype = "auto"
     max_shard_size: Size = "5GB"
     calibration: str | None = None
@@ -62,6 +74,12 @@ class ConvertOptions(Section):
         if self.top_k_tokens % self.block_size:
             raise ValueError(
                 f"block_size {self.block_size} does not divide top_k_tokens {self.top_k_tokens}"
+            )
+        check_switches(self.layout, self.sparse_kv, self.window_kv)
+        if self.init == "aligned" and (self.sparse_kv, self.window_kv) != ("shared", "own"):
+            raise ValueError(
+                "init aligned fits layers to shared keys and values and keeps the SWA branch as it "
+                f"is: with sparse_kv {self.sparse_kv} and window_kv {self.window_kv} use init copy"
             )
         places = ("ratio", "pattern", "full_layers", "fit")
         given = [name for name in places if getattr(self, name) is not None]

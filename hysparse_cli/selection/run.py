@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli import layout as layouts
-from hysparse_cli.calibrate.text import calibration_rows
+from hysparse_cli.calibrate.text import calibration_rows, sequence_tokens_of
 from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.devices import describe, out_of_memory_is
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
@@ -148,15 +148,6 @@ def _search(
 
 
 def _text(options: ConvertOptions, config: Any) -> dict[str, Any]:
-    """The options of the calibration text, resolved for this model.
-
-    Raises: InvalidRecipe where rows are longer than the model reads.
-    """
-    longest = config.max_position_embeddings
-    length = options.calibration_sequence_tokens or min(longest, 2 * options.top_k_tokens)
-    if length > longest:
-        raise InvalidRecipe(
-            f"convert.calibration_sequence_tokens {length} is longer than the model reads: at most "
-            f"{longest} tokens"
-        )
+    """The options of the calibration text, resolved for this model."""
+    length = sequence_tokens_of(options, config)
     return {name: getattr(options, name) for name in TEXT} | {"calibration_sequence_tokens": length}

@@ -28,23 +28,23 @@ def largest(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def cached(family: str) -> float:
+def cached(family: str, spec: HysparseSpec = SPEC) -> float:
     """Prefill 25 tokens, then decode one by one, against one forward without a cache."""
-    model, x = hysparse_model(family, SPEC), ids()
+    model, x = hysparse_model(family, spec), ids()
     return largest(_in_chunks(model, x, [25] + [1] * 15), model(x, use_cache=False).logits)
 
 
 @torch.no_grad()
-def chunked_prefill(family: str) -> float:
+def chunked_prefill(family: str, spec: HysparseSpec = SPEC) -> float:
     """Prefill in chunks of 7, 16, 1 and 16 tokens against one prefill."""
-    model, x = hysparse_model(family, SPEC), ids()
+    model, x = hysparse_model(family, spec), ids()
     return largest(_in_chunks(model, x, [7, 16, 1, 16]), model(x, use_cache=True).logits)
 
 
 @torch.no_grad()
-def left_padded(family: str) -> float:
+def left_padded(family: str, spec: HysparseSpec = SPEC) -> float:
     """Rows padded by 3 and 9 tokens, prefilled and decoded, against the rows alone."""
-    model, x = hysparse_model(family, SPEC), ids()
+    model, x = hysparse_model(family, spec), ids()
     pads = (3, 9)
     padded = torch.stack(
         [torch.cat([x.new_zeros(p), row[: TOKENS - p]]) for p, row in zip(pads, x, strict=True)]
@@ -60,9 +60,9 @@ def left_padded(family: str) -> float:
 
 
 @torch.no_grad()
-def packed(family: str) -> float:
+def packed(family: str, spec: HysparseSpec = SPEC) -> float:
     """Documents of 11, 23 and 6 tokens in one row, by position_ids, against each alone."""
-    model, x = hysparse_model(family, SPEC), ids(batch=1)
+    model, x = hysparse_model(family, spec), ids(batch=1)
     lengths = [11, 23, 6]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     logits = model(x, position_ids=positions, use_cache=False).logits[0].split(lengths)
@@ -79,9 +79,9 @@ def shifted(family: str) -> float:
     return largest(moved, model(x, use_cache=False).logits)
 
 
-def checkpointed(family: str) -> float:
+def checkpointed(family: str, spec: HysparseSpec = SPEC) -> float:
     """Gradients under gradient checkpointing against plain ones; two forwards per backward."""
-    model = hysparse_model(family, SPEC).train()
+    model = hysparse_model(family, spec).train()
     plain = _gradients(model)
     model._set_gradient_checkpointing(
         True, lambda f, *args: torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False)
@@ -147,7 +147,7 @@ def _gradients(model: Any) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-EQUIVALENCES: dict[str, Callable[[str], float]] = {
+EQUIVALENCES: dict[str, Callable[..., float]] = {
     "all full = dense": all_full,
     "neutral = dense": neutral,
     "cached": cached,

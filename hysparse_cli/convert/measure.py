@@ -1,0 +1,89 @@
+"""What ``hysparse convert`` runs the dense model for: a measured start, and the damage ledger."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hysparse_cli.calibrate.text import CalibrationText, calibration_text, sequence_tokens_of
+from hysparse_cli.convert.ledger import Ledger, measure_ledger, put_tensors
+from hysparse_cli.convert.plan import Plan
+from hysparse_cli.devices import out_of_memory_is
+from hysparse_cli.init.aligned import aligned
+from hysparse_cli.init.copy import copy
+from hysparse_cli.init.start import Init, Start
+from hysparse_cli.loading import Loaded, load, resolve_device
+from hysparse_cli.model.modeling import install
+from hysparse_cli.recipe import ConvertOptions
+
+INITS: dict[str, Init] = {"copy": copy, "aligned": aligned}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``start``: None where the new tensors start from constants. ``ledger``: if asked for."""
+
+    start: Start | None
+    ledger: Ledger | None
+
+    def table(self) -> Any:
+        """Both, for people."""
+        from rich.console import Group
+
+        return Group(*(part.table() for part in (self.start, self.ledger) if part is not None))
+
+    def as_json(self) -> dict[str, Any]:
+        """What was measured, by name."""
+        parts = {"start": self.start, "ledger": self.ledger}
+        return {name: part.as_json() for name, part in parts.items() if part is not None}
+
+
+def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
+    """``plan`` with what its options ask for measured, the dense model loaded once.
+
+    Args:
+        on_progress: is told the stage, and steps done and in all.
+    Raises: OutOfResources where the model or a row does not fit; UnreadableInput where the model
+        has no tokenizer or the calibration text is missing.
+    """
+    options, spec = plan.options, plan.spec
+    device = resolve_device(options.device)
+    dtype = "float32" if device.type == "cpu" else options.dtype  # CPUs are slow in the others
+    dense = load(str(plan.source.folder), dtype=dtype, device=device.type)
+    text = _text(options, dense)
+    line = (
+        f"out of memory on {device} with rows of {text.rows.shape[1]} tokens: lower "
+        "convert.calibration_sequence_tokens, or leave out what runs the model (--init constant, "
+        "no --explain)"
+    )
+    start = ledger = None
+    with out_of_memory_is(line):
+        if plan.start_is_measured:
+            init = INITS[options.init]
+            start = init(dense.model, spec, text.rows, lambda *at: on_progress("start", *at))
+        if options.explain:
+            install(dense.model, spec)
+            dense.model.to(device, dense.model.dtype)
+            put_tensors(dense.model, _constants(plan) | (start.tensors if start else {}))
+            kept = max(1, options.explain_tokens // text.rows.shape[1])
+            text = CalibrationText(text.rows[:kept], text.answers[:kept])
+            ledger = measure_ledger(dense.model, spec, text, lambda *at: on_progress("ledger", *at))
+    return replace(plan, measured=Measured(start, ledger))
+
+
+def _constants(plan: Plan) -> dict[str, Tensor]:
+    return {n: torch.full(t.shape, t.fill) for n, t in plan.new_tensors.items()}
+
+
+def _text(options: ConvertOptions, dense: Loaded) -> CalibrationText:
+    return calibration_text(
+        dense.tokenizer,
+        data=None if options.calibration is None else Path(options.calibration),
+        text_field=options.calibration_text_field,
+        tokens=options.calibration_tokens,
+        sequence_tokens=sequence_tokens_of(options, dense.model.config),
+        seed=options.seed,
+    )

@@ -1,0 +1,1 @@
+"""How a sparse layer starts (``hysparse convert --init``): measured on the dense model."""
