@@ -7,9 +7,14 @@ from hysparse_cli.errors import UnsupportedModel
 
 @dataclass(frozen=True)
 class Family:
-    """attention: the module path of a layer's attention, ``{layer}`` its index."""
+    """attention: the module path of a layer's attention, ``{layer}`` its index.
+
+    attention_norms: beside it, the norms of its input or output alone; None where the layer's MLP
+    reads the same norm, so that attention can't move to another layer without it.
+    """
 
     attention: str = "model.layers.{layer}.self_attn"
+    attention_norms: tuple[str, ...] | None = ("input_layernorm",)
 
     @property
     def decoder(self) -> str:
@@ -17,15 +22,15 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "apertus": Family(),
+    "apertus": Family(attention_norms=("attention_layernorm",)),
     "arcee": Family(),
-    "cohere": Family(),
+    "cohere": Family(attention_norms=None),
     "dots1": Family(),
     "ernie4_5": Family(),
     "gemma": Family(),
-    "gemma2": Family(),
+    "gemma2": Family(attention_norms=("input_layernorm", "post_attention_layernorm")),
     "glm": Family(),
-    "glm4": Family(),
+    "glm4": Family(attention_norms=("input_layernorm", "post_self_attn_layernorm")),
     "glm4_moe": Family(),
     "gpt_neox": Family(attention="gpt_neox.layers.{layer}.attention"),
     "gpt_oss": Family(),
@@ -38,9 +43,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "mixtral": Family(),
     "olmo": Family(),
-    "olmo2": Family(),
+    "olmo2": Family(attention_norms=("post_attention_layernorm",)),
     "olmoe": Family(),
-    "phi": Family(),
+    "phi": Family(attention_norms=None),
     "phi3": Family(),
     "qwen2": Family(),
     "qwen2_moe": Family(),

@@ -9,6 +9,7 @@ from hysparse_cli.recipe.fields import Device, Dtype, Positive, Section, Size
 
 Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
 Init = Literal["constant", "copy"]
+Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
 SCORED = ("dp", "greedy", "kl")
 
 
@@ -25,6 +26,8 @@ class ConvertOptions(Section):
     ``scores`` the file that keeps what was measured, ``OUT.scores.json`` by default.
 
     ``sparse_kv`` and ``window_kv`` are the ablations of the paper's Table 4 (model/config.py).
+    ``swap_attention`` names pairs of layers whose dense attention trades places (convert/swaps.py),
+    or "auto": into the full layers, the attention nearby that needs far context most.
     ``init`` says how the new layers start (see init/), and ``explain`` measures what each mechanism
     costs (convert/ledger.py), both on the calibration text.
     """
@@ -43,6 +46,7 @@ class ConvertOptions(Section):
     window_tokens: Annotated[int, Field(gt=1)] = 128
     sparse_kv: SparseKv = "shared"
     window_kv: WindowKv = "own"
+    swap_attention: Literal["auto"] | list[Pair] | None = None
     init: Init = "constant"
     explain: bool = False
     dtype: Dtype = "auto"
