@@ -139,6 +139,10 @@ def convert(
     max_position_embeddings: Annotated[
         int | None, typer.Option(help="New longest input in tokens, to be healed at.")
     ] = None,
+    swap_attention: Annotated[
+        str | None,
+        typer.Option(help="Layers whose attention trades places: 8:9, or auto.  [default: none]"),
+    ] = None,
     init: Annotated[
         str | None,
         typer.Option(
@@ -173,6 +177,7 @@ def convert(
     from hysparse_cli.recipe import (
         ConvertOptions,
         integer_list,
+        layer_pairs,
         load_section,
         token_count,
     )
@@ -182,6 +187,7 @@ def convert(
     flags = locals() | {
         "full_layers": integer_list("full_layers", full_layers),
         "context": token_count("context", context),
+        "swap_attention": layer_pairs("swap_attention", swap_attention),
     }
     options = load_section(ConvertOptions, recipe, assignments, flags)
     source = locate(model, revision=options.revision, with_code=options.trust_remote_code)
@@ -196,6 +202,12 @@ def convert(
                 source, options, planned.spec.pattern, _score_file(options, out), advance
             )
         planned = plan(source, options, chosen)
+    if options.swap_attention == "auto":
+        from hysparse_cli.selection.run import choose_attention
+
+        with stages() as advance:
+            swaps = choose_attention(source, options, planned.spec, advance)
+        planned = plan(source, options, planned.selection, swaps)
     if not as_json:
         show(planned, as_json)
     if planned.runs_the_model and (options.explain or not dry_run):

@@ -9,6 +9,7 @@ from hysparse_cli.recipe.fields import Device, Dtype, Positive, Real, Section, S
 
 Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
 Init = Literal["constant", "copy", "aligned"]
+Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
 SCORED = ("dp", "greedy", "kl")
 
 
@@ -27,6 +28,8 @@ class ConvertOptions(Section):
     ``max_position_embeddings`` a new longest input, for a model that will be healed at that length.
 
     ``sparse_kv`` and ``window_kv`` are the ablations of the paper's Table 4 (model/config.py).
+    ``swap_attention`` names pairs of layers whose dense attention trades places (convert/swaps.py),
+    or "auto": into the full layers, the attention nearby that needs far context most.
     ``init`` says how the new layers start (see init/), and ``explain`` measures what each mechanism
     costs (convert/ledger.py), both on the calibration text, of which ``explain`` reads the first
     ``explain_tokens``: it runs the model many times.
@@ -48,6 +51,7 @@ class ConvertOptions(Section):
     max_position_embeddings: Positive | None = None
     sparse_kv: SparseKv = "shared"
     window_kv: WindowKv = "own"
+    swap_attention: Literal["auto"] | list[Pair] | None = None
     init: Init = "constant"
     explain: bool = False
     explain_tokens: Positive = 8192
