@@ -32,7 +32,7 @@ class Overlap:
     """Means over calibration text. A pair is (server a, served b), a < b; other cells are 0.
 
     importance[b]: 1 - cos of b's residual before and after its attention, how much that turns it.
-    similarity[a][b]: b's attention mass on the blocks that a selects, of that on b's own best blocks.
+    similarity[a][b]: b's attention mass on the blocks that a selects, of that on b's own best.
     mass[a][b]: the same of all of b's attention.
     damage[a][b]: squared error of b's attention output, of its square, where b reads a's keys and
     values at a's blocks and its own within its window, each under the gates that fit best.
