@@ -32,7 +32,7 @@ class Overlap:
     """Means over calibration text. A pair is (server a, served b), a < b; other cells are 0.
 
     importance[b]: 1 - cos of b's residual before and after its attention, how much that turns it.
-    similarity[a][b]: b's attention mass on the blocks that a selects, of the mass on b's own best.
+    similarity[a][b]: b's attention mass on the blocks that a selects, of that on b's own best.
     mass[a][b]: the same of all of b's attention.
     damage[a][b]: squared error of b's attention output, of its square, where b reads a's keys and
     values at a's blocks and its own within its window, each under the gates that fit best.
@@ -56,7 +56,6 @@ class _Pair:
     """Sums over text of one pair; the features of the fit are each head's branches, projected."""
 
     def __init__(self) -> None:
-        self.similarity: list[Tensor] = []
         self.mass: list[Tensor] = []
         self.gram: Tensor | float = 0.0  # [2H, 2H]
         self.target: Tensor | float = 0.0  # [2H]
@@ -112,6 +111,7 @@ class _Watch:
         self.attention = [model.get_submodule(family.attention.format(layer=i)) for i in layers]
         self.pairs = {(a, b): _Pair() for b in layers for a in range(b)}
         self.turned: list[list[Tensor]] = [[] for _ in layers]
+        self.own_mass: list[list[Tensor]] = [[] for _ in layers]
         self.residual: Tensor
         self.queries: Tensor
         self.served: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -154,6 +154,7 @@ class _Watch:
         full = full_attention(q, k, v, top_k_blocks=spec.top_k_blocks, **blocks)
         assert full.block_idx is not None, "blocks were asked for"
         own = _mass(block_sparse_attention(q, k, v, full.block_idx, **blocks).lse, full.lse)
+        self.own_mass[layer].append(own.mean())
         window = sliding_window_attention(q, k, v, window_tokens=spec.window_tokens, **common)
         project = _Projection(self.attention[layer], q.shape[2])
         wanted = project(seen.out[:, self.queries]).sum(1)
@@ -162,7 +163,6 @@ class _Watch:
             pair = self.pairs[server, layer]
             mass = _mass(block_sparse_attention(q, k, v, block_idx, **blocks).lse, full.lse)
             pair.mass.append(mass.mean())
-            pair.similarity.append((mass / own).mean())
             read = block_sparse_attention(q, shared_k, shared_v, block_idx, **blocks)
             pair.add(torch.stack([project(read.out), of_window], 2).flatten(1, 2), wanted)
         self.served.append((k, v, full.block_idx))
@@ -173,8 +173,10 @@ class _Watch:
         similarity, mass, damage = ([list(row) for row in empty] for _ in range(3))
         gate_logits = {}
         for (server, layer), pair in self.pairs.items():
-            similarity[server][layer] = float(torch.stack(pair.similarity).mean())
             mass[server][layer] = float(torch.stack(pair.mass).mean())
+            # a ratio of means: a head that looks elsewhere would make a mean of ratios anything
+            own = float(torch.stack(self.own_mass[layer]).mean())
+            similarity[server][layer] = mass[server][layer] / own
             gates, damage[server][layer] = pair.solve()
             gate_logits[server, layer] = torch.logit(gates).view(-1, 2)
         importance = [float(torch.stack(turns).mean()) for turns in self.turned]
