@@ -6,13 +6,16 @@ transformers are imported inside the commands, so that ``--help`` answers at onc
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from hysparse_cli import processes
 from hysparse_cli.errors import (
     HysparseError,
     InvalidRecipe,
@@ -41,6 +44,10 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda i
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 INTERRUPTED = 130
+
+
+class AlreadySaid(SystemExit):
+    """An exit for which one of the processes of the run has given the reason."""
 
 
 @app.callback()
@@ -125,6 +132,17 @@ def convert(
     window_tokens: Annotated[
         int | None, typer.Option(help="Sliding window of a sparse layer.  [default: 128]")
     ] = None,
+    rope_theta: Annotated[
+        float | None,
+        typer.Option(help="New base of the rotary embedding, to heal a longer context."),
+    ] = None,
+    max_position_embeddings: Annotated[
+        int | None, typer.Option(help="New longest input in tokens, to be healed at.")
+    ] = None,
+    swap_attention: Annotated[
+        str | None,
+        typer.Option(help="Layers whose attention trades places: 8:9, or auto.  [default: none]"),
+    ] = None,
     init: Annotated[
         str | None,
         typer.Option(
@@ -159,6 +177,7 @@ def convert(
     from hysparse_cli.recipe import (
         ConvertOptions,
         integer_list,
+        layer_pairs,
         load_section,
         token_count,
     )
@@ -168,6 +187,7 @@ def convert(
     flags = locals() | {
         "full_layers": integer_list("full_layers", full_layers),
         "context": token_count("context", context),
+        "swap_attention": layer_pairs("swap_attention", swap_attention),
     }
     options = load_section(ConvertOptions, recipe, assignments, flags)
     source = locate(model, revision=options.revision, with_code=options.trust_remote_code)
@@ -182,6 +202,12 @@ def convert(
                 source, options, planned.spec.pattern, _score_file(options, out), advance
             )
         planned = plan(source, options, chosen)
+    if options.swap_attention == "auto":
+        from hysparse_cli.selection.run import choose_attention
+
+        with stages() as advance:
+            swaps = choose_attention(source, options, planned.spec, advance)
+        planned = plan(source, options, planned.selection, swaps)
     if not as_json:
         show(planned, as_json)
     if planned.runs_the_model and (options.explain or not dry_run):
@@ -247,23 +273,33 @@ def finetune(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     recipe: RecipeFile = None,
     assignments: Assignments = None,
-    data: Annotated[str | None, typer.Option(help="Text or jsonl file (.xz, .gz).")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text or jsonl file (.xz, .gz), parquet file, or hub:NAME, a data set."),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="A dense checkpoint to distill from.  [default: none]")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="[default: 200]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="With stages: of all together.  [default: 200]")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="[default: 8]")] = None,
     sequence_tokens: Annotated[int | None, typer.Option(help="[default: 1024]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="[default: 3e-4]")] = None,
     trainable: Annotated[
-        str | None, typer.Option(help="all, attention or new.  [default: all]")
+        str | None, typer.Option(help="all, attention, sparse-attention or new.  [default: all]")
     ] = None,
     save_every_steps: Annotated[
         int | None, typer.Option(help="Keep the run's state in OUT.state.  [default: never]")
     ] = None,
     resume: Annotated[
-        bool | None, typer.Option("--resume", help="Go on from the state in OUT.state.")
+        str | None,
+        typer.Option(help="auto: go on where OUT.state has state; or the folder of a state."),
     ] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(help="Start so many processes, one for each GPU.  [default: 1]")
+    ] = None,
+    log_to: Annotated[str | None, typer.Option(help="tensorboard or wandb.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     overwrite: Annotated[
@@ -275,11 +311,17 @@ def finetune(
     from hysparse_cli.recipe import FinetuneOptions, load_section
 
     options = load_section(FinetuneOptions, recipe, assignments, locals())
+    if options.nproc_per_node not in (None, 1) and not processes.is_launched():
+        from hysparse_cli.finetune.launch import launch
+
+        raise AlreadySaid(launch(sys.argv[1:], options))
     from hysparse_cli import finetune as finetuning
 
-    with training_steps() as on_step:
+    is_first = processes.rank() == 0
+    with training_steps() if is_first else nullcontext(lambda now: None) as on_step:
         result = finetuning.finetune(checkpoint, out, options, on_step)
-    show(result, as_json)
+    if is_first:
+        show(result, as_json)
 
 
 @app.command()
@@ -428,7 +470,7 @@ def main() -> None:
         _fail("out of memory", OutOfResources.exit_code)
     except SystemExit as stop:
         # typer turns an interrupt inside a command into this exit, without a word
-        if stop.code == INTERRUPTED:
+        if stop.code == INTERRUPTED and not isinstance(stop, AlreadySaid):
             _fail("interrupted; nothing half written is left", INTERRUPTED)
         raise
     finally:  # typer has set a hook of its own
@@ -438,14 +480,26 @@ def main() -> None:
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: object) -> None:
     """What Python calls, before it exits with 1, for whatever ``main`` does not expect."""
-    what = " ".join(f"{kind.__name__}: {error}".split())
-    sys.stderr.write(f"hysparse: bug, please report it (traceback with --debug): {what}\n")
+    if processes.fails_first(exit_code=1):
+        what = " ".join(f"{kind.__name__}: {error}".split())
+        sys.stderr.write(f"hysparse: bug, please report it (traceback with --debug): {what}\n")
+    _leave(1)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    if "--debug" in sys.argv:
-        import traceback
+    if processes.fails_first(exit_code):
+        if "--debug" in sys.argv:
+            import traceback
 
-        traceback.print_exc()
-    sys.stderr.write(f"hysparse: {message}\n")
+            traceback.print_exc()
+        sys.stderr.write(f"hysparse: {message}\n")
+    _leave(exit_code)
     sys.exit(exit_code)
+
+
+def _leave(exit_code: int) -> None:
+    """Leave at once where there are other processes, which would be waited for otherwise."""
+    if processes.world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)

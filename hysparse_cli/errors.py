@@ -40,3 +40,9 @@ class UnreadableInput(HysparseError):
     """An input that is missing, corrupt or not what it claims to be."""
 
     exit_code = 7
+
+
+class Interrupted(HysparseError):
+    """The user stopped the command, and there is more to say than that."""
+
+    exit_code = 130

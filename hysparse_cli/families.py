@@ -10,12 +10,15 @@ from hysparse_cli.errors import UnsupportedModel
 class Family:
     """attention: the module path of a layer's attention, ``{layer}`` its index.
 
+    attention_norms: beside it, the norms of its input or output alone; None where the layer's MLP
+    reads the same norm, so that attention can't move to another layer without it.
     output, value: the names below it of the output projection and of the one that gives values.
     fused: how that one holds the rows of queries and keys too: "by kind" (q, k, v) or "by head" (q,
     k, v of the first, of the second ...), or None.
     """
 
     attention: str = "model.layers.{layer}.self_attn"
+    attention_norms: tuple[str, ...] | None = ("input_layernorm",)
     output: str = "o_proj"
     value: str = "v_proj"
     fused: Literal["by kind", "by head"] | None = None
@@ -24,17 +27,22 @@ class Family:
     def decoder(self) -> str:
         return self.attention.partition(".")[0]
 
+    @property
+    def layer(self) -> str:
+        """The module path of a decoder layer, with ``{layer}`` as in ``attention``."""
+        return self.attention.rpartition(".")[0]
+
 
 FAMILIES: dict[str, Family] = {
-    "apertus": Family(),
+    "apertus": Family(attention_norms=("attention_layernorm",)),
     "arcee": Family(),
-    "cohere": Family(),
+    "cohere": Family(attention_norms=None),
     "dots1": Family(),
     "ernie4_5": Family(),
     "gemma": Family(),
-    "gemma2": Family(),
+    "gemma2": Family(attention_norms=("input_layernorm", "post_attention_layernorm")),
     "glm": Family(),
-    "glm4": Family(),
+    "glm4": Family(attention_norms=("input_layernorm", "post_self_attn_layernorm")),
     "glm4_moe": Family(),
     "gpt_neox": Family(
         attention="gpt_neox.layers.{layer}.attention",
@@ -52,9 +60,9 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "mixtral": Family(),
     "olmo": Family(),
-    "olmo2": Family(),
+    "olmo2": Family(attention_norms=("post_attention_layernorm",)),
     "olmoe": Family(),
-    "phi": Family(output="dense"),
+    "phi": Family(attention_norms=None, output="dense"),
     "phi3": Family(value="qkv_proj", fused="by kind"),
     "qwen2": Family(),
     "qwen2_moe": Family(),

@@ -22,6 +22,19 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, **options: Any) -> 
     return states
 
 
+def layer_states(model: PreTrainedModel, input_ids: Tensor, **options: Any) -> list[Tensor]:
+    """The hidden states after each decoder layer, those after the last normalised.
+
+    Args:
+        input_ids: (B, T).
+    Returns: as many (B, T, hidden) as there are layers; the last is what ``hidden_states`` gives.
+    """
+    output: Any = decoder_of(model)(
+        input_ids=input_ids, use_cache=False, output_hidden_states=True, **options
+    )
+    return list(output.hidden_states[1:])
+
+
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The logits of ``hidden``, computed by the model's own forward.
 

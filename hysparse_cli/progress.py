@@ -28,20 +28,50 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def training_steps() -> Iterator[Callable[[Any], None]]:
-    """A bar for finetuning; where stderr is no terminal, a line now and then."""
+    """A live table for finetuning; where stderr is no terminal, a line now and then."""
+    from rich.console import Console
+    from rich.live import Live
 
-    with stages() as advance:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _training_line
+        return
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        yield lambda now: live.update(_training_table(now), refresh=True)
 
-        def on_step(now: Any) -> None:
-            number, speed = now.step.number, f"{now.tokens_per_second:,.0f} tokens/s"
-            loss = f"loss {now.step.loss:.4f}"
-            advance(f"{loss}, {speed}", number, now.num_steps)
-            due = number == now.num_steps or number % max(1, now.num_steps // 20) == 0
-            if due and not sys.stderr.isatty():
-                left = f"{now.seconds_left:,.0f} s left"
-                sys.stderr.write(f"step {number}/{now.num_steps}: {loss}, {speed}, {left}\n")
 
-        yield on_step
+def _training_line(now: Any) -> None:
+    step = now.step
+    if step.number != now.num_steps and step.number % max(1, now.num_steps // 20):
+        return
+    cells = [f"loss {step.loss:.4f}", f"{now.tokens_per_second:,.0f} tokens/s"]
+    cells += [f"{step.peak_memory_bytes / 1e9:.2f} GB", f"{now.seconds_left:,.0f} s left"]
+    stage = f" ({step.objective})" if now.num_stages > 1 else ""
+    sys.stderr.write(f"step {step.number}/{now.num_steps}{stage}: {', '.join(cells)}\n")
+
+
+def _training_table(now: Any) -> Any:
+    from datetime import timedelta
+
+    from rich import box
+    from rich.table import Table
+
+    step = now.step
+    table = Table(box=box.SIMPLE_HEAD)
+    cells = {
+        "stage": f"{step.stage}/{now.num_stages} {step.objective}",
+        "step": f"{step.number}/{now.num_steps}",
+        "loss": f"{step.loss:.4f}",
+        **{name: f"{value:.4f}" for name, value in step.parts().items()},
+        "learning rate": f"{step.learning_rate:.1e}",
+        "tokens/s": f"{now.tokens_per_second:,.0f}",
+        "peak memory": f"{step.peak_memory_bytes / 1e9:.2f} GB",
+        "time left": str(timedelta(seconds=round(now.seconds_left))),
+    }
+    for name in cells:
+        table.add_column(name, justify="right")
+    table.add_row(*cells.values())
+    return table
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from hysparse_cli.recipe import (
     load_section,
     to_yaml,
 )
+from hysparse_cli.recipe.finetune import StageOptions
 
 
 @pytest.fixture
@@ -87,6 +88,96 @@ def test_wrong_recipes_are_refused(text: str, reason: str, tmp_path: Path) -> No
     with pytest.raises(InvalidRecipe, match=reason) as error:
         load_section(ConvertOptions, path)
     assert "\n" not in str(error.value)
+
+
+def test_errors_in_a_stage_name_it(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        "finetune:\n  stages:\n"
+        "    - {objective: align, steps: 5}\n"
+        "    - {objective: heal, steps: 0, rate: 3}\n"
+        "    - {objective: train, steps: 5, distill_weight: 1.0}\n"
+    )
+    with pytest.raises(InvalidRecipe) as error:
+        load_section(FinetuneOptions, path)
+    for part in (
+        "stages.1.objective",
+        "stages.1.steps",
+        "stages.1.rate: unknown field; known: objective, steps,",
+        "stages.2: objective train takes no distill_weight",
+    ):
+        assert part in str(error.value)
+
+
+def test_stages_that_do_not_fit_are_all_named_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        "finetune:\n  lora_alpha: 4\n  stages:\n"
+        "    - {objective: align, steps: 5, trainable: all}\n"
+        "    - {objective: train, steps: 5, warmup_steps: 4, decay_fraction: 0.5}\n"
+        "    - {objective: distill, steps: 5, distill_weight: 0.0}\n"
+    )
+    with pytest.raises(InvalidRecipe) as error:
+        load_section(FinetuneOptions, path)
+    for part in (
+        "lora_alpha needs lora_rank",
+        "stages.0: trainable all would change full layers",
+        "stages.1: warmup_steps 4 and decay_fraction 0.5 (2 steps) are together more than steps 5",
+        "stages.2: distill_weight and hidden_weight are both 0",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_stage_takes_what_it_does_not_say_from_the_section() -> None:
+    options = FinetuneOptions(
+        learning_rate=1e-3,
+        decay_fraction=0.5,
+        hidden_weight=2.0,
+        stages=[
+            StageOptions(objective="align", steps=40, learning_rate=1e-2),
+            StageOptions(objective="distill", steps=60, trainable="new", distill_weight=0.3),
+            StageOptions(objective="train", steps=20, warmup_steps=0),
+        ],
+    )
+    align, distill, train = options.resolved_stages()
+    assert (align.learning_rate, align.trainable, align.warmup_steps) == (
+        1e-2,
+        "sparse-attention",
+        4,
+    )
+    assert (distill.learning_rate, distill.trainable, distill.warmup_steps) == (1e-3, "new", 6)
+    assert (distill.distill_weight, distill.hidden_weight, distill.decay_steps) == (0.3, 2.0, 30)
+    assert (train.trainable, train.warmup_steps, train.hidden_weight) == ("all", 0, 0.0)
+    assert [stage.needs_teacher for stage in (align, distill, train)] == [True, True, False]
+    assert options.total_steps == 120
+
+
+def test_without_stages_there_is_one() -> None:
+    (train,) = FinetuneOptions().resolved_stages()
+    assert (train.objective, train.steps, train.warmup_steps) == ("train", 200, 20)
+    (distill,) = FinetuneOptions(teacher="dense", steps=50, trainable="new").resolved_stages()
+    assert (distill.objective, distill.steps, distill.trainable) == ("distill", 50, "new")
+    assert distill.distill_weight == 1.0
+    (train,) = FinetuneOptions(teacher="dense", distill_weight=0.0).resolved_stages()
+    assert train.objective == "train"
+
+
+@pytest.mark.parametrize("steps", [3, 7, 10, 100, 1000])
+def test_steps_make_the_stages_as_long_in_all_in_proportion(steps: int, tmp_path: Path) -> None:
+    stages = [StageOptions(objective="train", steps=count) for count in (2, 3, 5)]
+    lengths = [s.steps for s in FinetuneOptions(stages=stages, steps=steps).resolved_stages()]
+    assert sum(lengths) == steps
+    shares = zip(lengths, (0.2, 0.3, 0.5), strict=True)
+    assert all(abs(length - share * steps) <= 1 for length, share in shares)
+
+
+def test_steps_too_few_for_the_stages_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stages.yaml"
+    path.write_text(
+        "finetune: {stages: [{objective: train, steps: 9}, {objective: train, steps: 1}]}"
+    )
+    with pytest.raises(InvalidRecipe, match="steps 3 are too few for 2 stages"):
+        load_section(FinetuneOptions, path, flags={"steps": 3})
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:

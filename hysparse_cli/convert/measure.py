@@ -11,7 +11,9 @@ from torch import Tensor
 from hysparse_cli.calibrate.text import CalibrationText, calibration_text, sequence_tokens_of
 from hysparse_cli.convert.ledger import Ledger, measure_ledger, put_tensors
 from hysparse_cli.convert.plan import Plan
+from hysparse_cli.convert.swaps import swap_in_place
 from hysparse_cli.devices import out_of_memory_is
+from hysparse_cli.families import family_of
 from hysparse_cli.init.aligned import aligned
 from hysparse_cli.init.copy import copy
 from hysparse_cli.init.start import Init, Start
@@ -53,6 +55,7 @@ def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
     device = resolve_device(options.device)
     dtype = "float32" if device.type == "cpu" else options.dtype  # CPUs are slow in the others
     dense = load(str(plan.source.folder), dtype=dtype, device=device.type)
+    swap_in_place(dense.model, spec.swapped, family_of(dense.model.config.model_type))
     text = _text(options, dense)
     line = (
         f"out of memory on {device} with rows of {text.rows.shape[1]} tokens: lower "

@@ -9,7 +9,7 @@ from hysparse_cli.kv_cache import KvCache
 from hysparse_cli.model.config import HysparseSpec, NewTensor
 from hysparse_cli.recipe import ConvertOptions
 from hysparse_cli.selection.fit import Fit
-from hysparse_cli.selection.result import Selection
+from hysparse_cli.selection.result import Selection, Swaps
 from hysparse_cli.source import Source
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Plan:
     ``config`` is the new config.json. ``new_tensors`` has full names. ``dtype`` is torch's name of
     the dtype of the new tensors and the cache. ``repack`` says that weights are written anew, not
     copied shard by shard. ``unused`` tensors are kept although transformers will not load them.
+    ``renamed``: stored tensors that get another layer's name, as ``swaps`` say.
     ``measured``: what running the dense model gave (see measure.py), or None.
     """
 
@@ -44,6 +45,8 @@ class Plan:
     kv: KvCache
     fit: Fit | None
     selection: Selection | None
+    swaps: Swaps | None
+    renamed: dict[str, str]
     measured: "Measured | None" = None
 
     @property
@@ -97,6 +100,12 @@ class Plan:
                 f"full layers that see a sliding window only in the dense model: {layers}; they "
                 "attend to everything now, which longer contexts need healing for"
             )
+        longest = self.config.get("max_position_embeddings")
+        if self.fit is not None and longest is not None and self.fit.context > longest:
+            found.append(
+                f"context {self.fit.context} is more than the {longest} tokens that the dense "
+                "model reads"
+            )
         if self.unused:
             found.append(
                 f"{len(self.unused)} tensors are kept but transformers will not load them, such "
@@ -115,11 +124,12 @@ class Plan:
         from rich.markup import escape
         from rich.table import Table
 
+        chosen = (self.fit, self.selection, self.swaps)
         table = Table(
             title=escape(self._title),
             title_justify="left",
             title_style="bold",
-            caption="\n".join(part.line() for part in (self.fit, self.selection) if part),
+            caption="\n".join(part.line() for part in chosen if part),
             caption_justify="left",
         )
         table.add_column("layer", justify="right")
@@ -168,6 +178,7 @@ class Plan:
             "dense_kv_bytes": dict(zip(keys, self._totals(self.dense_kv), strict=True)),
             "fit": self.fit and self.fit.as_json(),
             "selection": self.selection and self.selection.as_json(),
+            "swaps": self.swaps and self.swaps.as_json(),
             **(self.measured.as_json() if self.measured else {}),
             "warnings": self.warnings,
         }

@@ -27,7 +27,9 @@ from hysparse_cli.checkpoint import (
 )
 from hysparse_cli.convert.model_card import model_card
 from hysparse_cli.convert.plan import Plan, readable
+from hysparse_cli.convert.positions import with_positions
 from hysparse_cli.convert.provenance import provenance
+from hysparse_cli.convert.swaps import check_pairs, renamed
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput, UnsupportedModel
 from hysparse_cli.families import Family, check_rope, family_of
 from hysparse_cli.kv_cache import KvCache, kv_cache_of
@@ -43,22 +45,13 @@ from hysparse_cli.model.config import (
 )
 from hysparse_cli.recipe import ConvertOptions, bytes_of, to_yaml
 from hysparse_cli.selection.fit import Fit, most_full_layers
-from hysparse_cli.selection.result import Selection
+from hysparse_cli.selection.result import Selection, Swaps
 from hysparse_cli.source import Source
 from hysparse_cli.staging import require_free_space, staged
 
 DEFAULT_RATIO = "1:3"
 # what a pattern stands for once it is chosen, and what chose it
-_PLACEMENT = (
-    "ratio",
-    "full_layers",
-    "strategy",
-    "fit",
-    "context",
-    "batch",
-    "calibration",
-    "scores",
-)
+_PLACEMENT = ("ratio", "full_layers", "strategy", "fit", "context", "batch", "scores")
 RECIPE_NAME, REPORT_NAME = "hysparse_recipe.yaml", "hysparse_report.json"
 OnProgress = Callable[[int, int], None]
 
@@ -111,12 +104,18 @@ class Conversion:
         }
 
 
-def plan(source: Source, options: ConvertOptions, selection: Selection | None = None) -> Plan:
+def plan(
+    source: Source,
+    options: ConvertOptions,
+    selection: Selection | None = None,
+    swaps: Swaps | None = None,
+) -> Plan:
     """Read config and headers of ``source``, check everything, and say what would be done.
 
     Args:
         selection: what a strategy that measures has chosen; without it the uniform pattern stands
             in for such a strategy.
+        swaps: what ``swap_attention: auto`` has chosen; without it nothing is swapped for that.
     Raises: UnreadableInput, UnsupportedModel or InvalidRecipe, each with its one reason.
     """
     config = read_config(source.folder)
@@ -134,7 +133,11 @@ def plan(source: Source, options: ConvertOptions, selection: Selection | None = 
     fit = None
     if options.fit is not None:
         fit = _fit(options, dense, checkpoint, dense_kv, itemsize)
-    spec = _spec(options, _layout(options, dense.num_hidden_layers, fit, selection))
+    if swaps is None and isinstance(options.swap_attention, list):
+        swaps = Swaps(tuple((a, b) for a, b in options.swap_attention), None)
+    pairs = swaps.pairs if swaps else ()
+    check_pairs(pairs, dense.num_hidden_layers)
+    spec = _spec(options, _layout(options, dense.num_hidden_layers, fit, selection), pairs)
     expected = expected_tensors(dense, where)
     unused = check_tensors(checkpoint, expected)
     own_sinks = f"{family.attention.format(layer=0)}.sinks" in expected.shapes
@@ -143,7 +146,10 @@ def plan(source: Source, options: ConvertOptions, selection: Selection | None = 
     return Plan(
         source=source,
         checkpoint=checkpoint,
-        options=options.model_copy(update={"pattern": spec.pattern} | dict.fromkeys(_PLACEMENT)),
+        options=options.model_copy(
+            update=dict.fromkeys(_PLACEMENT)
+            | {"pattern": spec.pattern, "swap_attention": [list(pair) for pair in pairs] or None}
+        ),
         spec=spec,
         config=_new_config(config, spec, options),
         new_tensors={name: tensor for names in by_layer for name, tensor in names.items()},
@@ -156,6 +162,8 @@ def plan(source: Source, options: ConvertOptions, selection: Selection | None = 
         kv=dense_kv.with_windows(spec.cache_windows) if spec.layers.sparse_layers else dense_kv,
         fit=fit,
         selection=selection,
+        swaps=swaps,
+        renamed=renamed(checkpoint.tensors, pairs, family, config["model_type"]),
     )
 
 
@@ -213,7 +221,9 @@ def _family(
     return family
 
 
-def _spec(options: ConvertOptions, chosen: Layout) -> HysparseSpec:
+def _spec(
+    options: ConvertOptions, chosen: Layout, swapped: tuple[tuple[int, int], ...]
+) -> HysparseSpec:
     return HysparseSpec(
         pattern=chosen.pattern,
         layout=options.layout,
@@ -222,6 +232,7 @@ def _spec(options: ConvertOptions, chosen: Layout) -> HysparseSpec:
         window_tokens=options.window_tokens,
         sparse_kv=options.sparse_kv,
         window_kv=options.window_kv,
+        swapped=swapped,
     )
 
 
@@ -236,11 +247,6 @@ def _fit(
     assert options.fit is not None
     num_layers = dense.num_hidden_layers
     context = options.context or dense.max_position_embeddings
-    if context > dense.max_position_embeddings:
-        raise InvalidRecipe(
-            f"convert.context {context} is longer than the model reads: at most "
-            f"{dense.max_position_embeddings} tokens"
-        )
     weights = checkpoint.size
     if options.dtype != "auto":
         weights = itemsize * sum(math.prod(t.shape) for t in checkpoint.tensors.values())
@@ -320,7 +326,7 @@ def _names(
 def _new_config(
     config: dict[str, Any], spec: HysparseSpec, options: ConvertOptions
 ) -> dict[str, Any]:
-    new = converted_config(config, spec)
+    new = converted_config(with_positions(config, options), spec)
     if options.dtype != "auto":
         new.pop("torch_dtype", None)
         new["dtype"] = options.dtype

@@ -32,11 +32,13 @@ def write_weights(plan: Plan, folder: Path, on_progress: Callable[[int, int], No
     """Write all shards into ``folder``: source shards as they are unless the plan says repack.
 
     A measured start's tensors take the place of the new ones' constants and of the dense model's: a
-    shard that holds one of these is written anew, with the same tensors in the same order.
+    shard that holds one of these, or a tensor with another name, is written anew, with the same
+    tensors in the same order.
     """
     start = plan.measured.start if plan.measured else None
     measured = start.tensors if start else {}
-    unknown = measured.keys() - plan.new_tensors.keys() - plan.checkpoint.tensors.keys()
+    kept = (plan.renamed.get(name, name) for name in plan.checkpoint.tensors)
+    unknown = measured.keys() - plan.new_tensors.keys() - set(kept)
     assert not unknown, f"measured, but in no shard: {sorted(unknown)}"
     new = [
         Piece(name, getattr(torch, plan.dtype), tensor.shape, None, tensor.fill, measured.get(name))
@@ -44,7 +46,7 @@ def write_weights(plan: Plan, folder: Path, on_progress: Callable[[int, int], No
     ]
     sources = plan.checkpoint.shards
     stored = [[_piece(tensor, plan, measured) for tensor in shard.tensors] for shard in sources]
-    changed = [any(piece.values is not None for piece in pieces) for pieces in stored]
+    changed = [any(map(_is_changed, pieces)) for pieces in stored]
     limit = bytes_of(plan.options.max_shard_size)
     if plan.repack:
         groups = pack([piece for pieces in stored for piece in pieces] + new, limit)
@@ -97,7 +99,13 @@ def _piece(tensor: StoredTensor, plan: Plan, measured: Mapping[str, torch.Tensor
     dtype = DTYPES[tensor.dtype]
     if dtype.is_floating_point and plan.options.dtype != "auto":
         dtype = getattr(torch, plan.dtype)
-    return Piece(tensor.name, dtype, tensor.shape, tensor, values=measured.get(tensor.name))
+    name = plan.renamed.get(tensor.name, tensor.name)
+    return Piece(name, dtype, tensor.shape, tensor, values=measured.get(name))
+
+
+def _is_changed(piece: Piece) -> bool:
+    renamed = piece.source is not None and piece.source.name != piece.name
+    return renamed or piece.values is not None
 
 
 def _shard_names(count: int) -> list[str]:

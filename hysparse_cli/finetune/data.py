@@ -1,14 +1,13 @@
 """Documents packed into rows of a fixed length, in an order that a saved state can go on from."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hysparse_cli.documents import read_documents
 from hysparse_cli.errors import UnreadableInput
+from hysparse_cli.finetune.corpus import Position, corpus_of
 from hysparse_cli.recipe import FinetuneOptions
 
 IGNORED = -100
@@ -24,19 +23,21 @@ class PackedRows:
     restart, since nothing before it is seen. A document ends with the tokenizer's end token, if it
     has one. After the last document comes the first again.
 
-    Rows come at random out of a buffer of ``shuffle_rows``; with 1 they come in the file's order.
+    Rows come at random out of a buffer of ``shuffle_rows``; with 1 they come in the data's order.
 
-    Raises: UnreadableInput while iterating, where the file is unreadable or holds no text.
+    Raises: as ``corpus_of``; UnreadableInput while iterating, where the data is unreadable or holds
+        no text.
     """
 
     def __init__(self, options: FinetuneOptions, tokenizer: Any):
-        assert options.data is not None
-        self.path, self.text_field = Path(options.data).expanduser(), options.text_field
+        self.corpus = corpus_of(options)
         self.tokenizer = tokenizer
         self.sequence_tokens, self.shuffle_rows = options.sequence_tokens, options.shuffle_rows
         self._generator = torch.Generator().manual_seed(options.seed)
         self._buffer: list[Row] = []
-        self._document = self._token = 0  # where the next row that is read begins
+        # where the next row that is read begins: a document, None is the first, and a token of it
+        self._document: Position | None = None
+        self._token = 0
 
     def __iter__(self) -> Iterator[Row]:
         rows = self._in_order()
@@ -65,11 +66,9 @@ class PackedRows:
         ids: list[int] = []
         positions: list[int] = []
         while True:
-            whole_file = not (self._document or self._token)
+            from_the_start = self._document is None
             found = False
-            for number, text in enumerate(read_documents(self.path, self.text_field)):
-                if number < self._document:
-                    continue
+            for document, text in self.corpus.documents(self._document):
                 begin, self._token = self._token, 0
                 tokens = self._encode(text)
                 found = found or bool(tokens)
@@ -79,26 +78,18 @@ class PackedRows:
                     ids += taken
                     positions += range(len(taken))
                     if len(ids) == self.sequence_tokens:
-                        self._document, self._token = number, begin
+                        self._document, self._token = document, begin
                         yield _row(ids, positions)
                         self._token = 0
                         ids, positions = [], []
-            if whole_file and not found:
-                raise UnreadableInput(f"data {self.path} holds no text")
-            self._document = self._token = 0
+            if from_the_start and not found:
+                raise UnreadableInput(f"data {self.corpus.name} holds no text")
+            self._document, self._token = None, 0
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-
-def batches(rows: PackedRows, batch_size: int) -> Iterator[Row]:
-    """Endless batches of ``rows``, each tensor (B, T); the state of ``rows`` is theirs."""
-    each = iter(rows)
-    while True:
-        group = [next(each) for _ in range(batch_size)]
-        yield {name: torch.stack([row[name] for row in group]) for name in group[0]}
 
 
 def _row(ids: list[int], positions: list[int]) -> Row:

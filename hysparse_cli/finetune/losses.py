@@ -1,8 +1,9 @@
-"""Next-token loss and logit distillation, without ever holding all logits.
+"""Next-token loss and distillation of logits and hidden states, never holding all logits.
 
 Legend: B batch, T tokens, N targets, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,20 +11,23 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hysparse_cli.finetune.data import IGNORED, Row
-from hysparse_cli.logits import hidden_states, logits_of
+from hysparse_cli.logits import hidden_states, layer_states, logits_of
 
 CHUNK_LOGITS = 1 << 25  # logits of one chunk: 128 MiB in float32, a few times that while computed
 
 
 class LossSums(NamedTuple):
-    """Sums over targets, float32 scalars: nats of the next token, and of KL(teacher || model)."""
+    """Sums over a batch's targets, float32 scalars; 0 where not measured.
 
+    total: what is minimised. next_token: nats. distill: nats of KL(teacher || model). align and
+    hidden: relative squared errors, each taken once for every target.
+    """
+
+    total: Tensor
     next_token: Tensor
     distill: Tensor
-
-    def mixed(self, distill_weight: float) -> Tensor:
-        """What is minimised."""
-        return (1 - distill_weight) * self.next_token + distill_weight * self.distill
+    align: Tensor
+    hidden: Tensor
 
 
 def count_targets(batch: Row) -> int:
@@ -31,24 +35,87 @@ def count_targets(batch: Row) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-def loss_sums(model: Any, batch: Row, teacher: Any | None = None) -> LossSums:
-    """Losses of one packed batch.
+def next_token_sums(model: Any, batch: Row) -> LossSums:
+    """-sum log p(x_t+1) over the targets of a packed batch, (B, T) each."""
+    last = hidden_states(model, batch["input_ids"], position_ids=batch["position_ids"])
+    next_token, distill = _chunked_sums(model, last, batch, None, None).unbind()
+    zero = torch.zeros_like(next_token)
+    return LossSums(next_token, next_token, distill, zero, zero)
 
-        next_token = -sum log p(x_t+1)    distill = sum_t sum_v q(v) (log q(v) - log p(v))
+
+def distill_sums(
+    model: Any, batch: Row, teacher: Any, *, distill_weight: float, hidden_weight: float
+) -> LossSums:
+    """What makes the model more like its teacher on one packed batch.
+
+        total = (1 - distill_weight) next_token + distill_weight distill + hidden_weight hidden
+        distill = sum_t sum_v q(v) (log q(v) - log p(v))
+        hidden = sum over rows of n mean over layers of ||h - h'||^2 / ||h'||^2
+
+    The norms are over a row, of n targets, so that sums don't depend on how rows are batched.
 
     Logits are computed, and computed again for the gradient, for one chunk of targets at a time.
 
     Args:
         batch: what ``PackedRows`` yields, (B, T) each.
-        teacher: gives q; without one ``distill`` is zero.
+        teacher: gives q, and h' after each decoder layer (after the last: normalised).
     """
+    each_layer = hidden_weight > 0
+    states = _states(model, batch, each_layer)
+    with torch.no_grad():
+        targets = _states(teacher, batch, each_layer)
+    sums = _chunked_sums(model, states[-1], batch, teacher, targets[-1])
+    next_token, distill = sums.unbind()
+    total = (1 - distill_weight) * next_token + distill_weight * distill
+    hidden = torch.zeros_like(total)
+    if hidden_weight:
+        hidden = weighted(
+            batch,
+            [
+                checkpoint(relative_error, state, target, use_reentrant=False)
+                for state, target in zip(states, targets, strict=True)
+            ],
+        )
+        total = total + hidden_weight * hidden
+    return LossSums(total, next_token, distill, torch.zeros_like(total), hidden)
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """(B,) ||output - target||^2 / ||target||^2 of each row of (B, T, hidden), in float32.
+
+    ``target`` has no gradient.
+    """
+    target = target.detach().float()
+    smallest = torch.finfo(torch.float32).tiny
+    norms = target.square().sum((1, 2)).clamp_min(smallest)
+    return (output.float() - target).square().sum((1, 2)) / norms
+
+
+def weighted(batch: Row, errors: Sequence[Tensor]) -> Tensor:
+    """The mean of ``errors``, (B,) each, times each row's number of targets, summed."""
+    num_targets = (batch["labels"][:, 1:] != IGNORED).sum(1)  # [B]
+    return (num_targets * torch.stack(list(errors)).mean(0)).sum()
+
+
+def _states(model: Any, batch: Row, each_layer: bool) -> list[Tensor]:
+    """(B, T, hidden) after each decoder layer, or after the last alone."""
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    if each_layer:
+        return layer_states(model, ids, position_ids=positions)
+    return [hidden_states(model, ids, position_ids=positions)]
+
+
+def _chunked_sums(
+    model: Any, states: Tensor, batch: Row, teacher: Any, teacher_states: Tensor | None
+) -> Tensor:
+    """(2,): the sums of next_token and distill; states are (B, T, hidden)."""
     kept = batch["labels"][:, 1:] != IGNORED
     targets = batch["labels"][:, 1:][kept]  # [N]
-    hidden = _at_targets(model, batch, kept)
-    with torch.no_grad():
-        teacher_hidden = None if teacher is None else _at_targets(teacher, batch, kept)
+    hidden = states[:, :-1][kept]  # [N, hidden]
+    teacher_hidden = None if teacher_states is None else teacher_states[:, :-1][kept]
     chunk = max(1, CHUNK_LOGITS // model.config.vocab_size)
-    total = torch.zeros(2, dtype=torch.float32, device=hidden.device)
+    nothing = hidden[:0].float().sum()  # 0, yet with a gradient where there are no targets
+    total = torch.stack((nothing, nothing))
     for begin in range(0, len(targets), chunk):
         part = slice(begin, begin + chunk)
         total = total + checkpoint(
@@ -60,13 +127,7 @@ def loss_sums(model: Any, batch: Row, teacher: Any | None = None) -> LossSums:
             None if teacher_hidden is None else teacher_hidden[part],
             use_reentrant=False,
         )
-    return LossSums(*total.unbind())
-
-
-def _at_targets(model: Any, batch: Row, kept: Tensor) -> Tensor:
-    """(N, hidden): the states that predict the tokens where ``kept`` (B, T - 1)."""
-    hidden = hidden_states(model, batch["input_ids"], position_ids=batch["position_ids"])
-    return hidden[:, :-1][kept]
+    return total
 
 
 def _chunk_sums(

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import yaml
+from torch import Tensor
 from transformers import GenerationConfig
 
 from hysparse_cli.checkpoint import copy_side_files
 from hysparse_cli.convert.model_card import UNTRAINED
+from hysparse_cli.finetune.lora import merged
 from hysparse_cli.finetune.result import FinetuneResult
-from hysparse_cli.loading import Loaded
+from hysparse_cli.loading import load
 from hysparse_cli.recipe import FinetuneOptions, to_yaml
 
 RECIPE, REPORT = "hysparse_recipe.yaml", "hysparse_finetune.json"
@@ -18,16 +20,27 @@ CARD, CONVERSION = "README.md", "hysparse_report.json"
 
 
 def write_checkpoint(
-    folder: Path, loaded: Loaded, options: FinetuneOptions, result: FinetuneResult
+    folder: Path,
+    checkpoint: str,
+    weights: dict[str, Tensor],
+    options: FinetuneOptions,
+    result: FinetuneResult,
 ) -> None:
-    """Write weights, config, tokenizer, the recipe so far and the report into ``folder``."""
+    """Write weights, config, tokenizer, the recipe so far and the report into ``folder``.
+
+    Args:
+        weights: those that were trained, adapters among them; rounded to the dtype that
+            ``checkpoint`` is loaded in.
+    """
+    loaded = load(checkpoint, dtype=options.dtype, device="cpu")
+    loaded.model.load_state_dict(merged(weights, loaded.model, options), strict=False)
     # save_pretrained refuses a generation config with odd values, after the whole training
     loaded.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     loaded.model.save_pretrained(folder)
     (folder / "generation_config.json").unlink()
     readable = (folder / "config.json").stat().st_mode
-    for weights in folder.glob("*.safetensors"):
-        weights.chmod(readable)  # safetensors makes its files private
+    for shard in folder.glob("*.safetensors"):
+        shard.chmod(readable)  # safetensors makes its files private
     copy_side_files(loaded.folder, folder)
     if (loaded.folder / CONVERSION).is_file():
         shutil.copyfile(loaded.folder / CONVERSION, folder / CONVERSION)

@@ -1,32 +1,42 @@
 """From a checkpoint and options to a finetuned checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from hysparse_cli.devices import out_of_memory_is
-from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+from hysparse_cli.errors import Interrupted, InvalidRecipe
+from hysparse_cli.finetune.corpus import corpus_of
 from hysparse_cli.finetune.data import PackedRows
+from hysparse_cli.finetune.group import Group, joined
+from hysparse_cli.finetune.lora import add_adapters, check_peft
+from hysparse_cli.finetune.objectives import check_objectives
 from hysparse_cli.finetune.output import write_checkpoint
 from hysparse_cli.finetune.result import FinetuneResult, Progress
-from hysparse_cli.finetune.state import begin_or_resume, remove_state
+from hysparse_cli.finetune.scalars import check_package, scalars
+from hysparse_cli.finetune.sharding import sharded, whole
+from hysparse_cli.finetune.share import rows_of_step
+from hysparse_cli.finetune.state import begin_or_resume, read_facts, remove_state, saved_state
 from hysparse_cli.finetune.trainer import Trainer
 from hysparse_cli.finetune.weights import select_trainable
 from hysparse_cli.loading import Loaded, load
+from hysparse_cli.processes import world_size
 from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.source import locate
 from hysparse_cli.staging import check_output, recover, require_free_space, staged
 
-STATE_BYTES = 12  # of a trained parameter: its master weight and AdamW's two moments, in float32
+STATE_BYTES = 12  # of a trained parameter: its weight and AdamW's two moments, in float32
 
 
 def finetune(
     checkpoint: str, out: Path, options: FinetuneOptions, on_step: Callable[[Progress], None]
 ) -> FinetuneResult:
     """Train ``checkpoint``, dense or converted, and write the result to ``out``.
+
+    Every process of a run calls this; the first writes, and all return the same.
 
     Args:
         checkpoint: a folder or hub id.
@@ -35,46 +45,122 @@ def finetune(
     """
     source = locate(checkpoint).folder
     _check_data(options)
-    recover(out)
-    check_output(out, overwrite=options.overwrite, inputs=[source])
-    state = begin_or_resume(out, source, options)
-    with out_of_memory_is(_out_of_memory(options)):
-        torch.manual_seed(options.seed)
-        loaded, teacher = _load_models(checkpoint, options)
-        parameters = select_trainable(loaded.model, options.trainable)
-        if options.gradient_checkpointing:
-            _checkpoint_activations(loaded.model)
-        rows = PackedRows(options, loaded.tokenizer)
-        trainer = Trainer(loaded.model, parameters, teacher, rows, options)
-        require_free_space(out, _disk_bytes(loaded.model, parameters, options))
-        if state is not None:
-            trainer.resume(state)
-            del state
-        resumed_at = len(trainer.history)
-        seconds = trainer.run(out, source, on_step)
-    tokens = sum(step.tokens for step in trainer.history[resumed_at:])
-    result = FinetuneResult(
-        checkpoint=checkpoint,
-        teacher=options.teacher if teacher is not None else None,
-        out=out,
-        device=str(loaded.model.device),
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        num_trained=sum(parameter.numel() for parameter in parameters.values()),
-        resumed_at=resumed_at,
-        seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        steps=trainer.history,
-    )
-    with staged(out, overwrite=options.overwrite, inputs=[source]) as folder:
-        write_checkpoint(folder, loaded, options, result)
-    remove_state(out)
+    _check_processes(options)
+    check_package(options.log_to)
+    check_peft(options)
+    with joined(options.device) as group, _interruptible(out):
+        rows_of_step(options, group.world_size)
+        saved = group.from_first(_prepare(out, source, options) if group.is_first else None)
+        with out_of_memory_is(_out_of_memory(options)):
+            trainer, result = _train(checkpoint, out, source, options, saved, group, on_step)
+        weights = {}
+        for name, weight in whole(trainer.trained.items()):
+            if group.is_first:
+                weights[name] = weight.cpu()
+        if group.is_first:
+            with staged(out, overwrite=options.overwrite, inputs=[source]) as folder:
+                write_checkpoint(folder, checkpoint, weights, options, result)
+            remove_state(out)
+        group.from_first(None)  # nobody leaves before the checkpoint is there
     return result
 
 
-def _disk_bytes(model: Any, parameters: dict[str, nn.Parameter], options: FinetuneOptions) -> int:
+def _train(
+    checkpoint: str,
+    out: Path,
+    source: Path,
+    options: FinetuneOptions,
+    saved: Path | None,
+    group: Group,
+    on_step: Callable[[Progress], None],
+) -> tuple[Trainer, FinetuneResult]:
+    facts = read_facts(saved, source, options) if saved is not None else None
+    torch.manual_seed(options.seed + group.rank)
+    loaded, teacher = _load_models(checkpoint, options)
+    if options.lora_rank is not None:
+        add_adapters(loaded.model, options)
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    names = _trained_names(loaded.model, options)
+    require_free_space(out, _disk_bytes(loaded.model, names, options))
+    if options.gradient_checkpointing:
+        _checkpoint_activations(loaded.model)
+    healing = sharded(loaded.model, teacher, names, group)
+    trained = {name: p for name, p in loaded.model.named_parameters() if name in names}
+    trainer = Trainer(healing, trained, PackedRows(options, loaded.tokenizer), options, group)
+    if saved is not None and facts is not None:
+        trainer.resume(saved, facts)
+    resumed_at = len(trainer.history)
+    with scalars(out, options, resumed_at, group) as log:
+
+        def both(now: Progress) -> None:
+            log(now)
+            on_step(now)
+
+        seconds = trainer.run(out, source, both)
+    tokens = sum(step.tokens for step in trainer.history[resumed_at:])
+    return trainer, FinetuneResult(
+        checkpoint=checkpoint,
+        teacher=options.teacher if teacher is not None else None,
+        out=out,
+        device=group.device.type,
+        num_processes=group.world_size,
+        dtype=dtype,
+        num_trained=sum(parameter.numel() for parameter in trained.values()),
+        resumed_at=resumed_at,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        peak_memory_bytes=max(step.peak_memory_bytes for step in trainer.history),
+        steps=trainer.history,
+    )
+
+
+def _prepare(out: Path, source: Path, options: FinetuneOptions) -> Path | None:
+    """Tidy up after earlier runs; the state to go on from, if any."""
+    recover(out)
+    check_output(out, overwrite=options.overwrite, inputs=[source])
+    return begin_or_resume(out, options)
+
+
+def _check_processes(options: FinetuneOptions) -> None:
+    wanted = options.nproc_per_node
+    if wanted is not None and wanted != world_size():
+        raise InvalidRecipe(
+            f"finetune.nproc_per_node is {wanted}, but {world_size()} processes were started: "
+            "leave it out where torchrun or accelerate starts them"
+        )
+
+
+@contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    """Let an interrupt say what is kept.
+
+    Raises: Interrupted.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (saved := saved_state(out)) is None:
+            raise
+        number = int(saved.name.rpartition("-")[2])
+        raise Interrupted(
+            f"interrupted; the state of step {number} is kept in {saved.parent}: --resume auto "
+            "goes on from there"
+        ) from None
+
+
+def _trained_names(model: Any, options: FinetuneOptions) -> set[str]:
+    """What any stage trains."""
+    return {
+        name
+        for stage in options.resolved_stages()
+        for name in select_trainable(model, stage.trainable)
+    }
+
+
+def _disk_bytes(model: Any, names: set[str], options: FinetuneOptions) -> int:
     """Bytes of the checkpoint, and of two states (the next is written before the last goes)."""
     output: int = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in parameters.values())
+    trained = sum(p.numel() for name, p in model.named_parameters() if name in names)
     return output + (2 * trained * STATE_BYTES if options.save_every_steps else 0)
 
 
@@ -86,12 +172,20 @@ def _checkpoint_activations(model: Any) -> None:
 
 
 def _check_data(options: FinetuneOptions) -> None:
+    missing = []
     if options.data is None:
-        raise InvalidRecipe(
-            "finetune.data is not given: name a text or jsonl file to train on (--data)"
+        missing.append(
+            "finetune.data is not given: name a text, jsonl or parquet file, or hub:NAME (--data)"
         )
-    if not Path(options.data).expanduser().is_file():
-        raise UnreadableInput(f"data {options.data}: no such file")
+    needing = dict.fromkeys(s.objective for s in options.resolved_stages() if s.needs_teacher)
+    if options.teacher is None and needing:
+        missing.append(
+            f"finetune.teacher is not given, which {' and '.join(needing)} need: name the dense "
+            "checkpoint that was converted (--teacher)"
+        )
+    if missing:
+        raise InvalidRecipe("; ".join(missing))
+    corpus_of(options)
 
 
 def _load_models(checkpoint: str, options: FinetuneOptions) -> tuple[Loaded, Any | None]:
@@ -99,18 +193,25 @@ def _load_models(checkpoint: str, options: FinetuneOptions) -> tuple[Loaded, Any
 
     Raises: InvalidRecipe where they do not.
     """
-    loaded = load(checkpoint, dtype=options.dtype, device=options.device)
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    loaded = load(checkpoint, dtype=options.dtype, device="cpu")
+    _check_length(loaded.model, checkpoint, options)
+    stages = options.resolved_stages()
+    if options.teacher is None or not any(stage.needs_teacher for stage in stages):
+        return loaded, None
+    teacher = load(options.teacher, dtype=options.dtype, device="cpu")
+    _check_same_vocabulary(loaded, teacher, options.teacher)
+    _check_length(teacher.model, options.teacher, options)
+    check_objectives(stages, loaded.model, teacher.model)
+    return loaded, teacher.model.requires_grad_(False)
+
+
+def _check_length(model: Any, name: str, options: FinetuneOptions) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and options.sequence_tokens > longest:
         raise InvalidRecipe(
-            f"finetune.sequence_tokens is {options.sequence_tokens}, but {checkpoint} takes "
-            f"{longest} at most (max_position_embeddings in its config.json)"
+            f"finetune.sequence_tokens is {options.sequence_tokens}, but {name} takes {longest} at "
+            "most (max_position_embeddings in its config.json)"
         )
-    if options.teacher is None or options.distill_weight == 0:
-        return loaded, None
-    teacher = load(options.teacher, dtype=options.dtype, device=options.device)
-    _check_same_vocabulary(loaded, teacher, options.teacher)
-    return loaded, teacher.model.requires_grad_(False)
 
 
 def _check_same_vocabulary(student: Loaded, teacher: Loaded, name: str) -> None:

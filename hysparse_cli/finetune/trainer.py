@@ -1,146 +1,208 @@
-"""The training loop, in one process."""
+"""The training loop: stage after stage, in one process or in many."""
 
-import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import get_wsd_schedule
 
-from hysparse_cli.errors import QualityGateFailed, UnreadableInput
-from hysparse_cli.finetune.data import PackedRows, Row, batches
-from hysparse_cli.finetune.losses import LossSums, count_targets, loss_sums
+from hysparse_cli.errors import UnreadableInput
+from hysparse_cli.finetune.data import PackedRows, Row
+from hysparse_cli.finetune.group import Group
+from hysparse_cli.finetune.losses import count_targets
 from hysparse_cli.finetune.result import Progress, Step
-from hysparse_cli.finetune.state import State, restore_rng, run_of, save_state
-from hysparse_cli.finetune.weights import MasterWeights
+from hysparse_cli.finetune.sharding import Healing, train_only
+from hysparse_cli.finetune.share import own_batches, rows_of_step
+from hysparse_cli.finetune.state import Facts, read_tensors, restore_rng, run_of, save_state
+from hysparse_cli.finetune.watchdog import Watchdog
+from hysparse_cli.finetune.weights import decay_groups
 from hysparse_cli.recipe import FinetuneOptions
+from hysparse_cli.recipe.finetune import Stage
 
 
 class Trainer:
     """Everything that changes from step to step.
 
     Args:
-        parameters: what is trained, by name; of ``model``, which is on its device.
-        teacher: the model to distill from, on the same device, or None.
-        rows: the data.
+        healing: the sharded model and its teacher.
+        trained: what any stage trains, by name, float32.
+        rows: the data; every process reads all of it.
     """
 
     def __init__(
         self,
-        model: Any,
-        parameters: dict[str, nn.Parameter],
-        teacher: Any | None,
+        healing: Healing,
+        trained: dict[str, nn.Parameter],
         rows: PackedRows,
         options: FinetuneOptions,
+        group: Group,
     ):
-        self.model, self.teacher, self.rows, self.options = model, teacher, rows, options
-        self.weights = MasterWeights(parameters)
-        groups = self.weights.groups(options.weight_decay)
-        self.optimizer = torch.optim.AdamW(
-            [group | {"initial_lr": options.learning_rate} for group in groups],
-            lr=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            eps=options.adam_epsilon,
-        )
-        self.schedule = get_wsd_schedule(
-            self.optimizer,
-            num_warmup_steps=options.warmup,
-            num_decay_steps=options.decay,
-            num_training_steps=options.steps + 1,
-            last_epoch=0,  # its first step has learning rate 0: leave it out
-        )
+        self.healing, self.trained, self.rows = healing, trained, rows
+        self.options, self.group = options, group
+        self.stages = options.resolved_stages()
+        self.ends = list(accumulate(stage.steps for stage in self.stages))
+        self.rows_of_step = rows_of_step(options, group.world_size)
         self.history: list[Step] = []
+        self.watchdog = Watchdog(options)
+        self._begin_stage(0)
 
     def run(self, out: Path, checkpoint: Path, on_step: Callable[[Progress], None]) -> float:
         """Train to the last step, saving state as the options say; returns the seconds it took.
 
-        Raises: QualityGateFailed where the loss or the gradient is not finite; UnreadableInput
-            where the data is no good; OutOfResources where the disk is full while saving.
+        Raises: QualityGateFailed where the loss or the gradient goes wrong; UnreadableInput where
+            the data is no good; OutOfResources where the disk is full while saving.
         """
-        options, begun, first = self.options, time.perf_counter(), len(self.history)
-        self.model.train()
-        stream = batches(self.rows, options.batch_size)
-        while len(self.history) < options.steps:
-            self.history.append(self._step(stream))
-            done = len(self.history)
+        begun, first = time.perf_counter(), len(self.history)
+        self.healing.model.train()
+        rows = iter(self.rows)
+        while (done := len(self.history)) < self.ends[-1]:
+            if done == self.ends[self.stage]:
+                self._begin_stage(self.stage + 1)
+            self.history.append(self._step(rows))
             seconds = time.perf_counter() - begun
-            tokens = sum(step.tokens for step in self.history[first:])
-            left = seconds / (done - first) * (options.steps - done)
-            on_step(Progress(self.history[-1], options.steps, tokens / seconds, left))
-            every = options.save_every_steps
-            if every and (done % every == 0 or done == options.steps):
-                save_state(out, self._state(checkpoint))
-        self.model.eval()
+            on_step(self._progress(seconds, first))
+            every = self.options.save_every_steps
+            if every and ((done + 1) % every == 0 or done + 1 == self.ends[-1]):
+                self._save(out, checkpoint)
+        self.healing.model.eval()
         return time.perf_counter() - begun
 
-    def resume(self, state: State) -> None:
-        """Go on from ``state``."""
-        self.weights.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.rows.load_state_dict(state["rows"])
-        self.history = [Step(**step) for step in state["history"]]
-        restore_rng(state)
+    def resume(self, saved: Path, facts: Facts) -> None:
+        """Go on from the state in ``saved``."""
+        self.rows.load_state_dict(facts["rows"])
+        self.history = [Step(**step) for step in facts["history"]]
+        self.watchdog = Watchdog(self.options, self.history)
+        self._begin_stage(facts["stage"])
+        self.schedule.load_state_dict(facts["schedule"])
+        for name in facts["moments"]:
+            weight = self.trained[name]
+            self.optimizer.state[weight] = {
+                "step": torch.zeros((), device=weight.device),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+        read_tensors(saved, self._tensors())
+        restore_rng(facts, self.group)
 
-    def _state(self, checkpoint: Path) -> State:
-        return {
-            "step": len(self.history),
+    def _begin_stage(self, number: int) -> None:
+        """A new optimiser and schedule; steps and data go on."""
+        self.stage = number
+        stage, options = self.stages[number], self.options
+        parameters = train_only(self.healing, stage.trainable)
+        groups = decay_groups(parameters, options.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            [group | {"initial_lr": stage.learning_rate} for group in groups],
+            lr=stage.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=options.adam_epsilon,
+            fused=True,  # else one operation after the other for each sharded weight
+        )
+        self.schedule = get_wsd_schedule(
+            self.optimizer,
+            num_warmup_steps=stage.warmup_steps,
+            num_decay_steps=stage.decay_steps,
+            num_training_steps=stage.steps + 1,
+            last_epoch=0,  # its first step has learning rate 0: leave it out
+        )
+
+    def _step(self, stream: Iterator[Row]) -> Step:
+        stage, group, begun = self.stages[self.stage], self.group, time.perf_counter()
+        rows = list(islice(stream, self.rows_of_step))
+        tokens = sum(count_targets(_alone(row)) for row in rows)
+        if not tokens:
+            raise UnreadableInput(
+                f"data {self.options.data}: no token has another before it in its document, so "
+                "that nothing can be predicted: give longer documents"
+            )
+        sums = torch.zeros(5, device=group.device)
+        for batch in own_batches(rows, group.rank, group.world_size, self.options.batch_size):
+            sums += self._backward(batch, stage, group.world_size / tokens)
+        found = group.gathered(torch.cat((sums.double(), self._peak_memory())))
+        loss, next_token, distill, align, hidden = (found[:, :-1].sum(0) / tokens).tolist()
+        norm = self._clip()
+        step = Step(
+            number=len(self.history) + 1,
+            stage=self.stage + 1,
+            objective=stage.objective,
+            loss=loss,
+            next_token_loss=next_token,
+            distill_loss=distill,
+            align_loss=align,
+            hidden_loss=hidden,
+            learning_rate=self.schedule.get_last_lr()[0],
+            gradient_norm=norm,
+            tokens=tokens,
+            seconds=time.perf_counter() - begun,
+            peak_memory_bytes=int(found[:, -1].max()),
+        )
+        self.watchdog.see(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return step
+
+    def _backward(self, batch: Row, stage: Stage, scale: float) -> Tensor:
+        """Add a batch's gradient; returns its ``LossSums``.
+
+        Args:
+            scale: of the loss. FSDP2 takes the mean over the processes, hence times their number.
+        """
+        on_device = {name: tensor.to(self.group.device) for name, tensor in batch.items()}
+        total, sums = self.healing(on_device, stage)
+        (total * scale).backward()
+        parts: Tensor = sums
+        return parts
+
+    def _clip(self) -> float:
+        """The norm of the gradient, which is no longer than ``max_grad_norm`` afterwards."""
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        norm = nn.utils.clip_grad_norm_(weights, self.options.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _progress(self, seconds: float, first: int) -> Progress:
+        done = len(self.history)
+        tokens = sum(step.tokens for step in self.history[first:])
+        left = seconds / (done - first) * (self.ends[-1] - done)
+        return Progress(self.history[-1], len(self.stages), self.ends[-1], tokens / seconds, left)
+
+    def _peak_memory(self) -> Tensor:
+        """(1,) bytes: of the device where it is a GPU, else of the process."""
+        if self.group.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return torch.tensor([peak], dtype=torch.float64, device=self.group.device)
+
+    def _tensors(self) -> dict[str, Any]:
+        """What is sharded of the state, as it stands; reading it back fills it in place."""
+        weights = {name: weight.detach() for name, weight in self.trained.items()}
+        moments = {name: self.optimizer.state[self.trained[name]] for name in self._moments()}
+        return {"weights": weights, "optimizer": moments}
+
+    def _moments(self) -> list[str]:
+        """Names of the weights that the optimiser has moments of: those that had a gradient."""
+        return [name for name, weight in self.trained.items() if self.optimizer.state.get(weight)]
+
+    def _save(self, out: Path, checkpoint: Path) -> None:
+        facts = {
+            "stage": self.stage,
             "run": run_of(checkpoint, self.options),
-            "weights": self.weights.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "moments": self._moments(),
             "schedule": self.schedule.state_dict(),
             "rows": self.rows.state_dict(),
             "history": [asdict(step) for step in self.history],
         }
+        save_state(out, len(self.history), self._tensors(), facts, self.group)
 
-    def _step(self, stream: Iterator[Row]) -> Step:
-        options = self.options
-        group = [next(stream) for _ in range(options.gradient_accumulation)]
-        tokens = sum(count_targets(batch) for batch in group)
-        if not tokens:
-            raise UnreadableInput(
-                f"data {options.data}: no token has another before it in its document, so that "
-                "nothing can be predicted: give longer documents"
-            )
-        next_token = distill = loss = 0.0
-        for batch in group:
-            sums = self._backward(batch, tokens)
-            next_token += sums.next_token.item() / tokens
-            distill += sums.distill.item() / tokens
-            loss += sums.mixed(self._distill_weight).item() / tokens
-        self._require_finite("loss", loss)
-        masters = self.weights.masters.values()
-        norm = float(nn.utils.clip_grad_norm_(masters, options.max_grad_norm))
-        self._require_finite("gradient norm", norm)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.schedule.step()
-        self.weights.publish()
-        number = len(self.history) + 1
-        kl = distill if self.teacher is not None else None
-        return Step(number, loss, next_token, kl, learning_rate, norm, tokens)
 
-    def _backward(self, batch: Row, tokens: int) -> LossSums:
-        on_device = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        sums = loss_sums(self.model, on_device, self.teacher)
-        torch.autograd.backward(sums.mixed(self._distill_weight) / tokens)
-        self.weights.take_gradients()
-        return sums
-
-    @property
-    def _distill_weight(self) -> float:
-        return self.options.distill_weight if self.teacher is not None else 0.0
-
-    def _require_finite(self, what: str, value: float) -> None:
-        if math.isfinite(value):
-            return
-        raise QualityGateFailed(
-            f"step {len(self.history) + 1}: the {what} is {value}, so the run stops and writes no "
-            f"checkpoint: lower finetune.learning_rate ({self.options.learning_rate}) or check the "
-            "checkpoint for NaN"
-        )
+def _alone(row: Row) -> Row:
+    return {name: tensor[None] for name, tensor in row.items()}

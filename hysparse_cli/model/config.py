@@ -37,7 +37,8 @@ class HysparseSpec:
     branch; "full" is the dense model. sparse_kv, window_kv: whose keys and values the block-sparse
     branch and the SWA branch read, the server's ("shared") or the layer's own; window_kv "none"
     leaves the SWA branch out, and the gates with it. What is not the default is an ablation of the
-    paper's Table 4.
+    paper's Table 4. swapped: pairs of layers whose dense attention has traded places
+    (convert/swaps.py); the weights have, so that nothing but a dense teacher's layers differs.
 
     Raises: ValueError where the switches do not fit the layout.
     """
@@ -49,6 +50,7 @@ class HysparseSpec:
     window_tokens: int = 128
     sparse_kv: SparseKv = "shared"
     window_kv: WindowKv = "own"
+    swapped: tuple[tuple[int, int], ...] = ()
     version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -157,4 +159,4 @@ def spec_of(config: Any) -> HysparseSpec | None:
             f"hysparse.version in config.json is {section.get('version')!r}, but this hysparse "
             f"reads version {FORMAT_VERSION}: install a newer hysparse"
         )
-    return HysparseSpec(**section)
+    return HysparseSpec(**section | {"swapped": tuple(map(tuple, section.get("swapped", ())))})

@@ -14,6 +14,7 @@ from hysparse_cli.recipe.inspect_topk import InspectOptions
 from hysparse_cli.recipe.load import (
     Recipe,
     integer_list,
+    layer_pairs,
     load_section,
     to_yaml,
     token_count,
@@ -32,6 +33,7 @@ __all__ = [
     "Section",
     "bytes_of",
     "integer_list",
+    "layer_pairs",
     "load_section",
     "to_yaml",
     "token_count",

@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hysparse_cli.model.config import LayoutName, SparseKv, WindowKv, check_switches
-from hysparse_cli.recipe.fields import Device, Dtype, Positive, Section, Size
+from hysparse_cli.recipe.fields import Device, Dtype, Positive, Real, Section, Size
 
 Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
 Init = Literal["constant", "copy", "aligned"]
+Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
 SCORED = ("dp", "greedy", "kl")
 
 
@@ -23,8 +24,12 @@ class ConvertOptions(Section):
     ``fit`` is memory for the weights and the KV cache of ``batch`` sequences of ``context`` tokens
     (as many as the model reads by default). ``calibration`` is a file of text, made up by default;
     ``scores`` the file that keeps what was measured, ``OUT.scores.json`` by default.
+    ``rope_theta`` is a new base of the rotary embedding and
+    ``max_position_embeddings`` a new longest input, for a model that will be healed at that length.
 
     ``sparse_kv`` and ``window_kv`` are the ablations of the paper's Table 4 (model/config.py).
+    ``swap_attention`` names pairs of layers whose dense attention trades places (convert/swaps.py),
+    or "auto": into the full layers, the attention nearby that needs far context most.
     ``init`` says how the new layers start (see init/), and ``explain`` measures what each mechanism
     costs (convert/ledger.py), both on the calibration text, of which ``explain`` reads the first
     ``explain_tokens``: it runs the model many times.
@@ -42,8 +47,11 @@ class ConvertOptions(Section):
     block_size: Positive = 64
     top_k_tokens: Positive = 1024
     window_tokens: Annotated[int, Field(gt=1)] = 128
+    rope_theta: Annotated[Real, Field(gt=0)] | None = None
+    max_position_embeddings: Positive | None = None
     sparse_kv: SparseKv = "shared"
     window_kv: WindowKv = "own"
+    swap_attention: Literal["auto"] | list[Pair] | None = None
     init: Init = "constant"
     explain: bool = False
     explain_tokens: Positive = 8192
@@ -89,6 +97,11 @@ class ConvertOptions(Section):
             )
         if self.fit is None and (self.context is not None or self.batch is not None):
             raise ValueError("context and batch say what is to fit: give fit, such as 24GiB, too")
+        if self.fit is not None and (self.layout == "full" or not self.last_layer_full):
+            raise ValueError(
+                "fit places sparse layers between a full first and a full last one: it goes "
+                "neither with layout full nor with last_layer_full=false"
+            )
         if self.measures:
             self._check_scored()
         elif self.scores is not None:

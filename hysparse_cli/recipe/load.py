@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -86,6 +86,20 @@ def integer_list(field: str, text: str | None) -> list[int] | None:
         ) from None
 
 
+def layer_pairs(field: str, text: str | None) -> str | list[list[int]] | None:
+    """The pairs of a flag such as ``8:9,10:11``; "auto" and None stay what they are.
+
+    Raises: InvalidRecipe, naming ``field``, where it is neither.
+    """
+    if text is None or text == "auto":
+        return text
+    if not re.fullmatch(r"[0-9]+:[0-9]+(,[0-9]+:[0-9]+)*", text):
+        raise InvalidRecipe(
+            f"{field} {text!r} is neither auto nor pairs of layers such as 8:9,10:11"
+        )
+    return [[int(layer) for layer in pair.split(":")] for pair in text.split(",")]
+
+
 def token_counts(field: str, text: str | None) -> list[int] | None:
     """As ``integer_list``, for lengths such as ``512,8k``: a k is 1024."""
     if text is None:
@@ -166,7 +180,10 @@ def _all_errors(error: ValidationError) -> str:
 def _known_fields(loc: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in loc:
-        annotation = model.model_fields[str(part)].annotation
+        if isinstance(part, int):  # in a list of sections
+            continue
+        annotation = model.model_fields[part].annotation
+        annotation = next(iter(get_args(annotation)), annotation)
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
         model = annotation
     return list(model.model_fields)

@@ -87,6 +87,8 @@ def measure_overlap(
 ) -> Fitted:
     """Measure all pairs of layers of a dense model on ``rows`` (N, T).
 
+    A sliding window that a dense layer has is not kept to: as a full layer it would see everything.
+
     Args:
         spec: the sizes of blocks, selection and window; its pattern is not read.
         on_progress: told rows done, and of how many.

@@ -31,3 +31,26 @@ class Selection:
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "better_than_uniform": self.better}
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """``pairs`` of a full and a sparse layer whose attention trades places.
+
+    need[l]: what the loss of planted answers (of all tokens where there are none) rises by, in
+    nats, where the attention of layer l alone sees its window only; None where it was not measured.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    need: tuple[float, ...] | None
+
+    def line(self) -> str:
+        swaps = ", ".join(f"{full} with {sparse}" for full, sparse in self.pairs) or "none"
+        if self.need is None:
+            return f"attention swapped: {swaps}"
+        most = sorted(enumerate(self.need), key=lambda item: -item[1])[:4]
+        needs = ", ".join(f"{layer} ({nats:+.2f} nats)" for layer, nats in most)
+        return f"attention swapped: {swaps}; layers that need far context most: {needs}"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)

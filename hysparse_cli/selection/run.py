@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli import layout as layouts
-from hysparse_cli.calibrate.text import calibration_rows, sequence_tokens_of
+from hysparse_cli.calibrate.text import calibration_text, sequence_tokens_of
 from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.devices import describe, out_of_memory_is
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.loading import load, resolve_device
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.recipe import ConvertOptions
+from hysparse_cli.selection.need import choose_swaps, measure_need
 from hysparse_cli.selection.overlap import measure_overlap
-from hysparse_cli.selection.result import Selection
+from hysparse_cli.selection.result import Selection, Swaps
 from hysparse_cli.selection.scores import SIZES, TEXT, Scores, fingerprint, read_scores
 from hysparse_cli.selection.search import path_steps
 from hysparse_cli.selection.strategies import STRATEGIES, Strategy
@@ -47,8 +48,8 @@ def select(
     model = fingerprint(checkpoint)
     scores = read_scores(path, model, options) if path.exists() else None
     if scores is None or (strategy.path is not None and options.strategy not in scores.paths):
-        scores = _measure(source, options, strategy, model, scores, on_progress)
-        scores.write(path)
+        _measure(source, options, strategy, model, scores, on_progress).write(path)
+        scores = read_scores(path, model, options)  # rounded as every later run will find it
     pattern = strategy.pick(scores, uniform.count(layouts.FULL))
     return Selection(
         strategy=options.strategy,
@@ -60,6 +61,28 @@ def select(
         higher_is_better=strategy.higher_is_better,
         scores_file=str(path),
     )
+
+
+def choose_attention(
+    source: Source, options: ConvertOptions, spec: HysparseSpec, on_progress: Progress
+) -> Swaps:
+    """Which attention to put into the full layers of ``spec`` (see need.py).
+
+    Raises: UnreadableInput, UnsupportedModel, OutOfResources.
+    """
+    on_progress("loading", 0, 1)
+    device = resolve_device(options.device)
+    dtype = "float32" if device.type == "cpu" else "auto"
+    model, tokenizer, _ = load(str(source.folder), dtype=dtype, device=device.type)
+    text = calibration_text(tokenizer, **_text_arguments(_text(options, model.config)))
+    with out_of_memory_is(_out_of_memory(model.device, text.rows)):
+        need = measure_need(
+            model,
+            text,
+            spec.window_tokens,
+            lambda done, total: on_progress("far context", done, total),
+        )
+    return Swaps(choose_swaps(need, spec.pattern), need)
 
 
 def _measure(
@@ -78,20 +101,10 @@ def _measure(
     model.requires_grad_(False)
     sizes = {name: getattr(options, name) for name in SIZES}
     text = _text(options, model.config) if known is None else known.text
-    rows = calibration_rows(
-        tokenizer,
-        data=None if text["calibration"] is None else Path(text["calibration"]),
-        text_field=text["calibration_text_field"],
-        tokens=text["calibration_tokens"],
-        sequence_tokens=text["calibration_sequence_tokens"],
-        seed=text["seed"],
-    )
+    rows = calibration_text(tokenizer, **_text_arguments(text)).rows
     num_layers = model.config.num_hidden_layers
     spec = HysparseSpec(layouts.FULL * num_layers, **sizes)
-    with out_of_memory_is(
-        f"out of memory on {model.device} with rows of {rows.shape[1]:,} tokens: lower "
-        "convert.calibration_sequence_tokens, or score on another device"
-    ):
+    with out_of_memory_is(_out_of_memory(model.device, rows)):
         fitted = measure_overlap(
             model,
             rows,
@@ -104,48 +117,46 @@ def _measure(
                 f"{source.name} gives NaN or infinity on the calibration text: its weights are "
                 "damaged, or it needs another dtype"
             )
-        scores = Scores(
+        scores = known or Scores(
             model=model_fingerprint,
             sizes=sizes,
             text=text,
             environment=describe(model.device),
             overlap=fitted.overlap,
         )
-        if known is not None:
-            scores = known
         if strategy.path is not None:
             variants = Variants(model, rows, spec, fitted.gate_logits)
-            _search(options.strategy or "", strategy, variants, scores, num_layers, on_progress)
+            _search(options, strategy, variants, scores, num_layers, on_progress)
     return scores
 
 
 def _search(
-    name: str,
+    options: ConvertOptions,
     strategy: Strategy,
     variants: Variants,
     scores: Scores,
     num_layers: int,
     on_progress: Progress,
 ) -> None:
-    """Walk the strategy's path, and measure the uniform pattern of every number of full layers."""
-    fewest = min(2, num_layers)
-    uniform = [layouts.uniform(n, num_layers).pattern for n in range(fewest, num_layers + 1)]
-    rows = len(variants.rows)
-    total, done = (path_steps(num_layers) + len(uniform)) * rows, 0
+    """Walk the strategy's path, and measure every uniform pattern, whatever will be asked for."""
+    uniform = [layouts.from_ratio(f"1:{n}", num_layers) for n in range(num_layers)]
+    uniform += [layouts.uniform(n, num_layers) for n in range(min(2, num_layers), num_layers + 1)]
+    patterns = {layout.pattern for layout in uniform}
+    total, done = (path_steps(num_layers) + len(patterns)) * len(variants.rows), 0
 
     def on_row() -> None:
         nonlocal done
         done += 1
-        on_progress(f"{name}: patterns", done, max(done, total))
+        on_progress(f"{options.strategy}: patterns", done, max(done, total))
 
     def cost(pattern: str) -> float:
         if pattern not in scores.losses:
             scores.losses[pattern] = asdict(variants.quality(pattern, on_row))
         return scores.losses[pattern][strategy.metric]
 
-    assert strategy.path is not None
-    scores.paths[name] = strategy.path(num_layers, cost)
-    for pattern in uniform:
+    assert strategy.path is not None and options.strategy is not None
+    scores.paths[options.strategy] = strategy.path(num_layers, cost)
+    for pattern in sorted(patterns):
         cost(pattern)
 
 
@@ -153,3 +164,22 @@ def _text(options: ConvertOptions, config: Any) -> dict[str, Any]:
     """The options of the calibration text, resolved for this model."""
     length = sequence_tokens_of(options, config)
     return {name: getattr(options, name) for name in TEXT} | {"calibration_sequence_tokens": length}
+
+
+def _text_arguments(text: dict[str, Any]) -> dict[str, Any]:
+    """What ``calibration_text`` is given, from what ``_text`` has resolved."""
+    file = text["calibration"]
+    return {
+        "data": None if file is None else Path(file),
+        "text_field": text["calibration_text_field"],
+        "tokens": text["calibration_tokens"],
+        "sequence_tokens": text["calibration_sequence_tokens"],
+        "seed": text["seed"],
+    }
+
+
+def _out_of_memory(device: Any, rows: Any) -> str:
+    return (
+        f"out of memory on {device} with rows of {rows.shape[1]:,} tokens: lower "
+        "convert.calibration_sequence_tokens, or measure on another device"
+    )

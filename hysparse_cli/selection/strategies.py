@@ -11,7 +11,8 @@ from hysparse_cli.selection.overlap import Overlap
 from hysparse_cli.selection.scores import Scores
 from hysparse_cli.selection.search import greedy_path, restore_path
 
-# Chosen where it followed the KL of a real model's patterns best: 1 to 4 hardly differ.
+# On a real model of 12 layers, over all its patterns with 4 full ones, this sum and the measured KL
+# to dense have a rank correlation of .73 with 0.25, .92 with 2, .93 with 4; without damage, .44.
 DAMAGE_WEIGHT = 2.0
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hysparse_cli.errors import UnreadableInput
-from hysparse_cli.finetune.data import IGNORED, PackedRows, batches
+from hysparse_cli.finetune.data import IGNORED, PackedRows
 from hysparse_cli.loading import load_tokenizer
 from hysparse_cli.recipe import FinetuneOptions
 
@@ -82,17 +82,6 @@ def test_shuffling_changes_the_order_only(documents_file: Path, tokenizer: Any) 
     assert shuffled != plain[:100]
     assert set(shuffled) <= set(plain[:108])
     assert shuffled != [tuple(row["input_ids"].tolist()) for row in other]
-
-
-def test_a_batch_stacks_rows(documents_file: Path, tokenizer: Any) -> None:
-    rows = take(rows_of(documents_file, tokenizer), 4)
-    batch = next(batches(rows_of(documents_file, tokenizer), 4))
-    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
-        "input_ids": (4, 16),
-        "position_ids": (4, 16),
-        "labels": (4, 16),
-    }
-    assert torch.equal(batch["input_ids"], torch.stack([row["input_ids"] for row in rows]))
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])

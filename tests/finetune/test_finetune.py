@@ -188,7 +188,7 @@ def test_what_the_user_got_wrong_is_one_line(
         run("--sequence-tokens=513"), 3, "finetune.sequence_tokens is 513", "512", tiny_original
     )
     one_line(run("--trainable=new"), 3, "finetune.trainable is 'new'")
-    one_line(run("--resume"), 3, "nothing to resume", "out.state")
+    one_line(run("--resume", tmp_path / "none"), 3, "nothing to resume", tmp_path / "none", "auto")
     one_line(
         run("--set=finetune.warmup_steps=3"), 3, "warmup_steps 3", "decay_fraction 0.2", "steps 3"
     )
@@ -214,6 +214,21 @@ def test_a_teacher_with_another_vocabulary_is_refused(
     tokenizer.write_text(tokenizer.read_text().replace('"w5"', '"other"'))
     run = hysparse("finetune", *args, tiny_checkpoint)
     one_line(run, 3, f"finetune.teacher {tiny_checkpoint} has another vocabulary", "but others")
+
+
+def test_a_teacher_that_takes_less_is_refused(
+    hysparse: Hysparse,
+    tiny_original: Path,
+    tiny_checkpoint: Path,
+    documents_file: Path,
+    tmp_path: Path,
+) -> None:
+    config = tiny_checkpoint / "config.json"
+    shorter = {**json.loads(config.read_text()), "max_position_embeddings": 128}
+    config.write_text(json.dumps(shorter))
+    args = (tiny_original, tmp_path / "out", "--data", documents_file, "--sequence-tokens=256")
+    run = hysparse("finetune", *args, "--teacher", tiny_checkpoint)
+    one_line(run, 3, "finetune.sequence_tokens is 256", f"{tiny_checkpoint} takes 128 at most")
 
 
 def test_data_of_single_tokens_is_refused(
@@ -291,4 +306,4 @@ def test_a_real_checkpoint_learns_from_real_text(
     "recipe", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_ready_recipes_are_valid(recipe: Path) -> None:
-    assert load_section(FinetuneOptions, recipe).steps > 0
+    assert load_section(FinetuneOptions, recipe).total_steps > 0

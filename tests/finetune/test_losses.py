@@ -1,4 +1,4 @@
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from hysparse_cli.finetune import losses
-from hysparse_cli.finetune.data import IGNORED, PackedRows, batches
-from hysparse_cli.finetune.losses import count_targets, loss_sums
+from hysparse_cli.finetune.data import IGNORED, PackedRows
+from hysparse_cli.finetune.losses import count_targets, distill_sums, next_token_sums
+from hysparse_cli.finetune.share import own_batches
 from hysparse_cli.loading import load
 from hysparse_cli.recipe import FinetuneOptions
 from tests.finetune.conftest import Convert
@@ -34,7 +35,8 @@ def teacher(tiny_original: Path) -> Any:
 @pytest.fixture
 def batch(documents_file: Path, tiny_original: Path) -> Batch:
     options = FinetuneOptions(data=str(documents_file), sequence_tokens=48)
-    return next(batches(PackedRows(options, load(str(tiny_original)).tokenizer), 3))
+    rows = islice(PackedRows(options, load(str(tiny_original)).tokenizer), 3)
+    return next(own_batches(list(rows), 0, 1, 3))
 
 
 def plain_losses(model: Any, teacher: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,13 +58,13 @@ def test_losses_and_gradients_of_packed_chunks_are_those_of_separate_documents(
     model: Any, teacher: Any, batch: Batch, chunk_targets: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk_targets * model.config.vocab_size)
-    sums = loss_sums(model, batch, teacher)
+    sums = distill_sums(model, batch, teacher, distill_weight=0.75, hidden_weight=0.0)
     expected = plain_losses(model, teacher, batch)
     # logits become float32, which is where the difference comes from
     torch.testing.assert_close(sums.next_token.double(), expected[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(sums.distill.double(), expected[1], rtol=1e-4, atol=0)
     parameters = list(model.parameters())
-    ours = torch.autograd.grad(sums.mixed(0.75), parameters, allow_unused=True)
+    ours = torch.autograd.grad(sums.total, parameters, allow_unused=True)
     theirs = torch.autograd.grad(
         0.25 * expected[0] + 0.75 * expected[1], parameters, allow_unused=True
     )
@@ -75,9 +77,9 @@ def test_losses_and_gradients_of_packed_chunks_are_those_of_separate_documents(
 
 
 def test_without_a_teacher_only_the_next_token_counts(model: Any, batch: Batch) -> None:
-    sums = loss_sums(model, batch)
-    assert sums.distill.item() == 0
-    assert torch.equal(sums.mixed(0.0), sums.next_token)
+    sums = next_token_sums(model, batch)
+    assert sums.total is sums.next_token
+    assert sums.distill.item() == sums.hidden.item() == sums.align.item() == 0
 
 
 def test_targets_are_the_tokens_that_have_another_before_them_in_their_document(
@@ -102,6 +104,6 @@ def test_whole_logits_are_never_kept(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        sums = loss_sums(model, batch, teacher)
-        torch.autograd.backward(sums.mixed(0.5))
+        sums = distill_sums(model, batch, teacher, distill_weight=0.5, hidden_weight=0.5)
+        torch.autograd.backward(sums.total)
     assert largest <= 8 * vocabulary < count_targets(batch) * vocabulary

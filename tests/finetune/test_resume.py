@@ -94,6 +94,10 @@ def wait_for_step(run: subprocess.Popen[str], number: int) -> None:
     raise AssertionError(f"the run ended before step {number}: exit code {run.wait()}")
 
 
+def saved(out: Path) -> list[str]:
+    return sorted(path.name for path in out.with_name(f"{out.name}.state").iterdir())
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
@@ -109,12 +113,12 @@ def test_killed_twice_and_resumed_equals_undisturbed(
     run.communicate()
     assert run.returncode == -signal.SIGKILL
     assert not out.exists()
-    resumed = options.model_copy(update={"resume": True})
+    resumed = options.model_copy(update={"resume": "auto"})
     run = start(KILLED_WHILE_SAVING, checkpoint, out, *arguments(resumed))
     run.communicate()
     assert run.returncode == -signal.SIGKILL
     assert not out.exists()
-    assert (tmp_path / "out.state" / "state.pt.partial").exists()
+    assert saved(out) == ["partial", "step-000000006"]
 
     result = finetune(str(checkpoint), out, resumed, lambda now: None)
     assert result.resumed_at == 6
@@ -150,7 +154,7 @@ def test_random_generators_and_masters_are_part_of_the_state(
         with pytest.raises(Stopped):
             finetune(str(tiny_checkpoint), out, options, stop_at(stopped))
         torch.rand(7)
-        resumed = options.model_copy(update={"resume": True})
+        resumed = options.model_copy(update={"resume": "auto"})
         result = finetune(str(tiny_checkpoint), out, resumed, lambda now: None)
         assert result.resumed_at == stopped - 1
         assert result.steps == whole.steps
@@ -170,7 +174,7 @@ def test_a_run_that_fails_to_write_its_checkpoint_need_not_train_again(
         patch.setattr("hysparse_cli.finetune.run.write_checkpoint", fail)
         with pytest.raises(Stopped):
             finetune(name, out, options, lambda now: None)
-    resumed = options.model_copy(update={"resume": True})
+    resumed = options.model_copy(update={"resume": "auto"})
     result = finetune(name, out, resumed, lambda now: None)
     assert result.resumed_at == len(result.steps) == 5
     whole = finetune(name, tmp_path / "whole", options, lambda now: None)
@@ -183,29 +187,41 @@ def test_a_state_is_neither_lost_nor_mixed_up(
 ) -> None:
     options = options_for(documents_file, None)
     out, name = tmp_path / "out", str(tiny_original)
-    resume = options.model_copy(update={"resume": True})
-    with pytest.raises(InvalidRecipe, match=r"nothing to resume: .*out\.state/state\.pt"):
-        finetune(name, out, resume, lambda now: None)
+    resume = options.model_copy(update={"resume": "auto"})
+    given = options.model_copy(update={"resume": str(tmp_path / "out.state")})
+    with pytest.raises(
+        InvalidRecipe, match=r"nothing to resume: .*out\.state is no folder of a state"
+    ):
+        finetune(name, out, given, lambda now: None)
     with pytest.raises(Stopped):
-        finetune(name, out, options, stop_at(3))
-    with pytest.raises(InvalidRecipe, match=r"out\.state holds the state of a run .* --resume"):
+        finetune(name, out, resume, stop_at(3))  # there is none, so it begins
+    with pytest.raises(
+        InvalidRecipe, match=r"out\.state holds the state of a run .* --resume auto"
+    ):
         finetune(name, out, options, lambda now: None)
+    elsewhere = finetune(name, tmp_path / "other", given, lambda now: None)
+    assert elsewhere.resumed_at == 2
+    assert saved(out) == ["step-000000002"]
     other = resume.model_copy(update={"learning_rate": 1e-5, "seed": 3})
     with pytest.raises(
         InvalidRecipe, match=r"another run: learning_rate was 0\.003, is 1e-05; seed was 0, is 3"
     ):
         finetune(name, out, other, lambda now: None)
-    with documents_file.open("a") as file:
-        file.write('{"text": "w1 w2"}\n')
+    before = documents_file.read_text()
+    documents_file.write_text(before + '{"text": "w1 w2"}\n')
     with pytest.raises(InvalidRecipe, match="another run: bytes of data"):
         finetune(name, out, resume, lambda now: None)
-    saved = tmp_path / "out.state" / "state.pt"
-    saved.write_bytes(saved.read_bytes()[:1000])
-    with pytest.raises(UnreadableInput, match=r"state\.pt can't be read"):
-        finetune(name, out, resume, lambda now: None)
+    documents_file.write_text(before)
+    state = tmp_path / "out.state" / "step-000000002"
+    for damaged in ("__0_0.distcp", ".metadata", "run.pt"):
+        whole = (state / damaged).read_bytes()
+        (state / damaged).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UnreadableInput, match=r"step-000000002.* can't be read"):
+            finetune(name, out, resume, lambda now: None)
+        (state / damaged).write_bytes(whole)
     again = options.model_copy(update={"overwrite": True})
     assert finetune(name, out, again, lambda now: None).resumed_at == 0
-    assert not saved.exists()
+    assert not state.parent.exists()
 
 
 def test_interrupted_runs_keep_their_state_and_say_so_in_one_line(
@@ -218,18 +234,19 @@ def test_interrupted_runs_keep_their_state_and_say_so_in_one_line(
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate()
     assert run.returncode == 130
-    assert errors.splitlines()[-1].startswith("hysparse: interrupted")
+    line = errors.splitlines()[-1]
+    assert line.startswith("hysparse: interrupted; the state of step ") and "--resume auto" in line
     assert "Traceback" not in errors
     assert not out.exists()
-    assert (tmp_path / "out.state" / "state.pt").exists()
+    assert len(saved(out)) == 1
 
 
 FULL_AFTER_THE_FIRST_SAVE = """
 import resource
 from hysparse_cli.finetune import trainer
 save = trainer.save_state
-def save_state(out, state):
-    save(out, state)
+def save_state(*args):
+    save(*args)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 trainer.save_state = save_state
 """
@@ -244,6 +261,7 @@ def test_a_full_disk_keeps_the_last_good_state(
     _, errors = run.communicate()
     assert run.returncode == 5
     assert "disk full while saving step 4" in errors.splitlines()[-1]
-    assert [path.name for path in (tmp_path / "out.state").iterdir()] == ["state.pt"]
-    done = hysparse("finetune", tiny_original, out, *arguments(options), "--resume", "--json")
+    assert saved(out) == ["step-000000002"]
+    resumed = (*arguments(options), "--resume", tmp_path / "out.state", "--json")
+    done = hysparse("finetune", tiny_original, out, *resumed)
     assert json.loads(done.stdout)["resumed_at"] == 2

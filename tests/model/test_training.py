@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -65,6 +65,33 @@ def test_peft_trains_lora_and_keeps_the_hysparse_modules() -> None:
     wrapped = [m for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper)]
     assert len(wrapped) == len(SPEC.layers.sparse_layers)
     assert any("hysparse" in name for name in adapted.state_dict() if "modules_to_save" in name)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_a_peft_adapter_is_saved_loaded_and_merged(tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj", "o_proj"],
+        modules_to_save=["hysparse"],
+        init_lora_weights=False,
+    )
+    adapted = get_peft_model(hysparse_model("qwen3", SPEC, torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.3)
+    x = ids()
+    with torch.no_grad():
+        expected = adapted(input_ids=x).logits
+        assert not torch.allclose(hysparse_model("qwen3", SPEC, torch.float32)(x).logits, expected)
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(hysparse_model("qwen3", SPEC, torch.float32), tmp_path)
+    merged = again.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=x).logits, expected, rtol=1e-4, atol=1e-4)
+    assert {n for n, _ in merged.named_parameters()} == {
+        n for n, _ in hysparse_model("qwen3", SPEC).named_parameters()
+    }
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile's own

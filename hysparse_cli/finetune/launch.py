@@ -1,0 +1,70 @@
+"""Starting the processes of a run on one machine, with torch's own elastic launcher."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from hysparse_cli.errors import HysparseError, Interrupted, OutOfResources
+from hysparse_cli.finetune.share import rows_of_step
+from hysparse_cli.processes import claimed_exit_code
+from hysparse_cli.recipe import FinetuneOptions
+
+
+def launch(arguments: Sequence[str], options: FinetuneOptions) -> int:
+    """Run ``hysparse`` with ``arguments``, which say ``options``; returns the exit code.
+
+    A process that fails says why itself; where it can't, since it was killed, that is raised here.
+
+    Raises: OutOfResources where a process was killed; Interrupted on an interrupt; InvalidRecipe
+        where so many processes can't share the rows of a step.
+    """
+    num_processes = options.nproc_per_node or 1
+    rows_of_step(options, num_processes)
+    logging.disable(logging.CRITICAL)  # the launcher's own, of processes that it has to end
+    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    with tempfile.TemporaryDirectory(prefix="hysparse-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes,
+            run_id="hysparse",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "hysparse_cli", *arguments)
+        except ChildFailedError as error:
+            return _exit_code(Path(folder), _killed(error))
+        except SignalException as stop:
+            if stop.sigval == signal.SIGINT:
+                return _exit_code(Path(folder), Interrupted("interrupted"))
+            return 128 + int(stop.sigval)
+    return 0
+
+
+def _exit_code(folder: Path, otherwise: HysparseError) -> int:
+    """What the first process to fail has said; where none did, ``otherwise`` is raised."""
+    code = claimed_exit_code(folder)
+    if code is None:
+        raise otherwise from None
+    return code
+
+
+def _killed(error: ChildFailedError) -> HysparseError:
+    rank, failure = error.get_first_failure()
+    name = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    return OutOfResources(
+        f"process {rank} of the run was ended from outside ({name}), often for want of host memory;"
+        " where state was saved, --resume auto goes on from it"
+    )

@@ -1,0 +1,69 @@
+"""What a stage of healing minimises, one row an objective."""
+
+from collections.abc import Callable
+from typing import Any
+
+from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.finetune.align import align_sums
+from hysparse_cli.finetune.data import Row
+from hysparse_cli.finetune.losses import LossSums, distill_sums, next_token_sums
+from hysparse_cli.model.config import spec_of
+from hysparse_cli.recipe.finetune import Stage
+
+Objective = Callable[[Any, Row, Any | None, Stage], LossSums]
+
+
+def _align(model: Any, batch: Row, teacher: Any | None, stage: Stage) -> LossSums:
+    return align_sums(model, batch, teacher)
+
+
+def _distill(model: Any, batch: Row, teacher: Any | None, stage: Stage) -> LossSums:
+    weights = {"distill_weight": stage.distill_weight, "hidden_weight": stage.hidden_weight}
+    return distill_sums(model, batch, teacher, **weights)
+
+
+def _train(model: Any, batch: Row, teacher: Any | None, stage: Stage) -> LossSums:
+    return next_token_sums(model, batch)
+
+
+OBJECTIVES: dict[str, Objective] = {"align": _align, "distill": _distill, "train": _train}
+
+
+def check_objectives(stages: list[Stage], model: Any, teacher: Any | None) -> None:
+    """Refuse stages that this model and this teacher can't run.
+
+    Args:
+        teacher: None where no stage needs one.
+    Raises: InvalidRecipe.
+    """
+    for stage in stages:
+        layer_by_layer = stage.objective == "align" or stage.hidden_weight > 0
+        if not layer_by_layer:
+            continue
+        assert teacher is not None, "a stage that needs a teacher has one"
+        what = "objective align" if stage.objective == "align" else "hidden_weight"
+        if stage.objective == "align" and not _num_sparse(model):
+            raise InvalidRecipe(
+                "finetune: objective align needs a checkpoint with sparse layers: convert it "
+                "first, or leave that stage out"
+            )
+        if stage.objective == "align" and _num_sparse(teacher):
+            raise InvalidRecipe(
+                "finetune: objective align needs a dense teacher, but this one has sparse layers: "
+                "give the model that was converted as finetune.teacher"
+            )
+        if (sizes := _sizes(teacher)) != _sizes(model):
+            raise InvalidRecipe(
+                f"finetune: {what} compares layer with layer, but the teacher has {sizes[0]} of "
+                f"{sizes[1]} where the checkpoint has {_sizes(model)[0]} of {_sizes(model)[1]}: "
+                "give the model that was converted as finetune.teacher"
+            )
+
+
+def _num_sparse(model: Any) -> int:
+    spec = spec_of(model.config)
+    return 0 if spec is None else len(spec.layers.sparse_layers)
+
+
+def _sizes(model: Any) -> tuple[int, int]:
+    return model.config.num_hidden_layers, model.config.hidden_size
