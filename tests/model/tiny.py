@@ -78,7 +78,7 @@ def hysparse_model(
     """A HySparse model with random weights, gates and sinks of its own."""
     torch.manual_seed(0)
     dense = dense_config(family, **changes).to_dict()
-    config = HySparseConfig.from_dict(converted_config(dense, spec))
+    config = HySparseConfig.from_dict(converted_config(dense, spec), experts_implementation="eager")
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for name, parameter in model.named_parameters():
         if ".hysparse." in name:
