@@ -14,7 +14,7 @@ _BODY = """\
 | base model | `{name}`{revision} |
 | pattern | `{pattern}` (F: full attention, S: sparse attention) |
 | selection | {selection} |
-| sliding window | {window} tokens |
+| sliding window | {window} tokens |{swapped}
 | weights | {dtype} |
 
 ## KV cache
@@ -52,6 +52,7 @@ def model_card(plan: Plan) -> str:
     spec, source = plan.spec, plan.source
     from_hub = source.revision is not None
     blocks = f"{spec.top_k_blocks} blocks of {spec.block_size} tokens for each query and KV head"
+    swapped = ", ".join(f"layer {a} with {b}" for a, b in spec.swapped)
     front = {
         **({"base_model": source.name} if from_hub else {}),
         "library_name": "transformers",
@@ -68,6 +69,7 @@ def model_card(plan: Plan) -> str:
         pattern=spec.pattern,
         selection=blocks if spec.selects else "none",
         window=spec.window_tokens,
+        swapped=f"\n| attention swapped | {swapped} |" if spec.swapped else "",
         dtype=plan.dtype,
         kv="\n".join(_kv_row(plan, name, tokens) for name, tokens in CONTEXTS.items()),
     )

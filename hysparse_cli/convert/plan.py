@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hysparse_cli.checkpoint import Checkpoint
+from hysparse_cli.convert.swaps import exchanged
 from hysparse_cli.kv_cache import KvCache
 from hysparse_cli.model.config import HysparseSpec, NewTensor
 from hysparse_cli.recipe import ConvertOptions
@@ -115,8 +116,9 @@ class Plan:
 
     @property
     def widened(self) -> tuple[int, ...]:
-        """Full layers whose dense counterparts have a sliding window."""
-        before, after, full = self.dense_kv.windows, self.kv.windows, self.spec.layers.full_layers
+        """Full layers whose attention has a sliding window in the dense model."""
+        before = exchanged(self.dense_kv.windows, self.spec.swapped)
+        after, full = self.kv.windows, self.spec.layers.full_layers
         return tuple(i for i in full if before[i] is not None and after[i] is None)
 
     def table(self) -> Any:

@@ -29,7 +29,7 @@ from hysparse_cli.convert.model_card import model_card
 from hysparse_cli.convert.plan import Plan, readable
 from hysparse_cli.convert.positions import with_positions
 from hysparse_cli.convert.provenance import provenance
-from hysparse_cli.convert.swaps import check_pairs, renamed
+from hysparse_cli.convert.swaps import check_family, check_pairs, exchanged, renamed
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput, UnsupportedModel
 from hysparse_cli.families import Family, check_rope, family_of
 from hysparse_cli.kv_cache import KvCache, kv_cache_of
@@ -121,6 +121,8 @@ def plan(
     config = read_config(source.folder)
     where = str(source.folder / "config.json")
     family = _family(config, where, source, options.trust_remote_code)
+    if options.swap_attention is not None:
+        check_family(family, config["model_type"])
     # transformers takes seconds to import: what can be refused without it was refused above
     from hysparse_cli.convert.shapes import check_tensors, dense_config, expected_tensors
 
@@ -151,7 +153,7 @@ def plan(
             | {"pattern": spec.pattern, "swap_attention": [list(pair) for pair in pairs] or None}
         ),
         spec=spec,
-        config=_new_config(config, spec, options),
+        config=_new_config(config, dense, spec, options),
         new_tensors={name: tensor for names in by_layer for name, tensor in names.items()},
         new_by_layer=tuple(tuple(names) for names in by_layer),
         dtype=dtype,
@@ -159,11 +161,13 @@ def plan(
         repack=_must_repack(checkpoint, options),
         unused=tuple(unused),
         dense_kv=dense_kv,
-        kv=dense_kv.with_windows(spec.cache_windows) if spec.layers.sparse_layers else dense_kv,
+        kv=dense_kv.with_windows(
+            spec.cache_windows if spec.layers.sparse_layers else exchanged(dense_kv.windows, pairs)
+        ),
         fit=fit,
         selection=selection,
         swaps=swaps,
-        renamed=renamed(checkpoint.tensors, pairs, family, config["model_type"]),
+        renamed=renamed(checkpoint.tensors, pairs, family),
     )
 
 
@@ -324,9 +328,12 @@ def _names(
 
 
 def _new_config(
-    config: dict[str, Any], spec: HysparseSpec, options: ConvertOptions
+    config: dict[str, Any], dense: Any, spec: HysparseSpec, options: ConvertOptions
 ) -> dict[str, Any]:
     new = converted_config(with_positions(config, options), spec)
+    kinds = getattr(dense, "layer_types", None)
+    if not spec.layers.sparse_layers and spec.swapped and kinds is not None:
+        new["layer_types"] = list(exchanged(kinds, spec.swapped))  # a window goes where it went
     if options.dtype != "auto":
         new.pop("torch_dtype", None)
         new["dtype"] = options.dtype

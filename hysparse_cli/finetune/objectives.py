@@ -52,6 +52,13 @@ def check_objectives(stages: list[Stage], model: Any, teacher: Any | None) -> No
                 "finetune: objective align needs a dense teacher, but this one has sparse layers: "
                 "give the model that was converted as finetune.teacher"
             )
+        swapped = _swapped(model)
+        if stage.objective == "align" and swapped:
+            raise InvalidRecipe(
+                "finetune: objective align compares layer with layer, but the checkpoint's layers "
+                f"{swapped} hold attention that was swapped (swap_attention): use objective "
+                "distill, which compares what the models predict"
+            )
         if (sizes := _sizes(teacher)) != _sizes(model):
             raise InvalidRecipe(
                 f"finetune: {what} compares layer with layer, but the teacher has {sizes[0]} of "
@@ -63,6 +70,11 @@ def check_objectives(stages: list[Stage], model: Any, teacher: Any | None) -> No
 def _num_sparse(model: Any) -> int:
     spec = spec_of(model.config)
     return 0 if spec is None else len(spec.layers.sparse_layers)
+
+
+def _swapped(model: Any) -> str:
+    spec = spec_of(model.config)
+    return "" if spec is None else ", ".join(f"{a} and {b}" for a, b in spec.swapped)
 
 
 def _sizes(model: Any) -> tuple[int, int]:

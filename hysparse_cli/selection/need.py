@@ -63,14 +63,15 @@ def measure_need(
         if isinstance(module, Branches):
             module.reset_parameters()
     model.to(device, dtype)
-    counted = text.answers[:, 1:] if bool(text.answers.any()) else torch.ones_like(text.rows[:, 1:])
+    answers = text.answers[:, 1:]
+    counted = answers if bool(answers.any()) else torch.ones_like(answers)
     sums = [0.0] * num_layers
     for r, row in enumerate(text.rows):
         for layer in range(num_layers):  # layer 0 stands for none
             on_progress(r * num_layers + layer, len(text.rows) * num_layers)
             alone = Variation(spec, frozenset({layer} if layer else ()), learned=False)
             losses = token_losses(model, row[None].to(device), hysparse_variation=alone)[0]
-            sums[layer] += float(losses.cpu()[counted[r].bool()].double().sum())
+            sums[layer] += float(losses.cpu()[counted[r]].double().sum())
     on_progress(len(text.rows) * num_layers, len(text.rows) * num_layers)
     asked = int(counted.sum())
     return tuple((total - sums[0]) / asked for total in sums)

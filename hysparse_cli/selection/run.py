@@ -1,7 +1,7 @@
 """Placing the full layers by a strategy that measures the model, uniform placement beside it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ def choose_attention(
             spec.window_tokens,
             lambda done, total: on_progress("far context", done, total),
         )
+    _check_finite(need, source)
     return Swaps(choose_swaps(need, spec.pattern), need)
 
 
@@ -112,11 +113,7 @@ def _measure(
             text["seed"],
             lambda done, total: on_progress("watching layers", done, total),
         )
-        if not all(map(math.isfinite, fitted.overlap.importance)):
-            raise UnreadableInput(
-                f"{source.name} gives NaN or infinity on the calibration text: its weights are "
-                "damaged, or it needs another dtype"
-            )
+        _check_finite(fitted.overlap.importance, source)
         scores = known or Scores(
             model=model_fingerprint,
             sizes=sizes,
@@ -128,6 +125,14 @@ def _measure(
             variants = Variants(model, rows, spec, fitted.gate_logits)
             _search(options, strategy, variants, scores, num_layers, on_progress)
     return scores
+
+
+def _check_finite(by_layer: Sequence[float], source: Source) -> None:
+    if not all(map(math.isfinite, by_layer)):
+        raise UnreadableInput(
+            f"{source.name} gives NaN or infinity on the calibration text: its weights are "
+            "damaged, or it needs another dtype"
+        )
 
 
 def _search(
