@@ -13,12 +13,11 @@ from transformers import AutoModelForCausalLM
 from hysparse_cli.calibrate.text import CalibrationText
 from hysparse_cli.convert.ledger import Ledger, Losses, measure_ledger, put_tensors
 from hysparse_cli.evaluate.perplexity import token_losses
-from hysparse_cli.families import FAMILIES
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.modeling import install
 from tests.conftest import Hysparse
 from tests.model.equivalences import SPEC, TOKENS, ids
-from tests.model.tiny import dense_model, hysparse_model
+from tests.model.tiny import KINDS, dense_model, hysparse_model
 
 SIZES = ("--block-size", 8, "--top-k-tokens", 16, "--window-tokens", 8, "--pattern", "FSSF")
 CALIBRATION = (
@@ -49,7 +48,7 @@ def installed_ledger(dense: Any, sparse: Any, spec: HysparseSpec) -> Ledger:
     return measure_ledger(dense, spec, text(), lambda done, total: None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_it_goes_from_the_dense_model_to_the_one_that_is_written(family: str) -> None:
     # gemma2 caps its logits, which transformers' sdpa leaves out
     options = {"attn_implementation": "eager"} if family == "gemma2" else {}

@@ -112,10 +112,11 @@ def test_norms_that_move_are_of_the_attention_alone_and_all_of_them(model_type: 
 def test_on_disk_as_in_memory_and_back(model_type: str, tmp_path: Path) -> None:
     dense = saved(model_type, tmp_path / "dense")
     out = convert(dense, tmp_path / "out", (1, 2), (4, 3), layout="full")
-    expected, ours = swapped(dense, (1, 2), (4, 3)), load(out)
-    assert logits(ours).equal(logits(expected))
-    before = logits(load(dense))
-    assert (logits(ours) - before).abs().max() > 1e-3
+    expected, ours = load(dense), load(out)
+    before = logits(expected)
+    swap_in_place(expected, ((1, 2), (4, 3)), FAMILIES[model_type])
+    after = logits(expected)
+    assert logits(ours).equal(after) and (after - before).abs().max() > 1e-3
     swap_in_place(ours, ((2, 1), (3, 4)), FAMILIES[model_type])
     assert logits(ours).equal(before)
     layers = [family_of(model_type).attention.format(layer=i) for i in range(5)]
@@ -179,7 +180,7 @@ def _is_moved(name: str, layers: Pair) -> bool:
 def test_measuring_sees_the_swapped_model(
     init: str, hysparse: Hysparse, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """All is as if the dense checkpoint had been swapped before."""
+    """All is as if the dense checkpoint had been swapped before, but the ledger says so."""
     before = tmp_path / "before"
     before.mkdir()
     for path in tiny_checkpoint.iterdir():
@@ -193,7 +194,17 @@ def test_measuring_sees_the_swapped_model(
     ]
     assert [run.exit_code for run in runs] == [0, 0]
     expected, ours = (json.loads(run.stdout)["plan"] for run in runs)
-    assert ours["start"] == expected["start"] and ours["ledger"] == expected["ledger"]
+    assert ours["start"] == expected["start"]
+    swap = {"step": "swapped attention", **expected["ledger"]["dense"]}
+    assert ours["ledger"]["steps"] == [swap, *expected["ledger"]["steps"]]
+    for layer, steps in expected["ledger"]["by_layer"].items():
+        assert ours["ledger"]["by_layer"][layer] == [expected["ledger"]["dense"], *steps]
+    plain = hysparse("convert", tiny_checkpoint, tmp_path / "plain", *options, "--dry-run")
+    assert ours["ledger"]["dense"] == {
+        kind: pytest.approx(loss, abs=1e-6)
+        for kind, loss in json.loads(plain.stdout)["ledger"]["dense"].items()
+    }
+    assert ours["ledger"]["dense"] != expected["ledger"]["dense"]
     assert ours["swaps"] == {"pairs": [[2, 1]], "need": None} and expected["swaps"] is None
     tensors = [all_tensors(tmp_path / name) for name in ("expected", "out")]
     assert tensors[0].keys() == tensors[1].keys()

@@ -3,7 +3,8 @@
 One model in memory, whose switches change between forwards (model/state.py, Variation). Each step
 adds a mechanism: selected blocks of the layer's own keys and values; the server's in their place;
 the SWA branch, both merged as one softmax; gates and sinks as they are written. In total, with all
-sparse layers changed, and by layer, with one changed and the others left to attend in full.
+sparse layers changed, and by layer, with one changed and the others left to attend in full. Where
+attention was swapped, that comes first, and every row has it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,16 @@ class Ledger:
     by_layer: dict[int, tuple[Losses, ...]]
     tokens: int
     answer_tokens: int
+
+    def after_swaps(self, dense: Losses) -> "Ledger":
+        """With the step from ``dense`` to this ledger's dense model, whose attention is swapped."""
+        return replace(
+            self,
+            steps=("swapped attention", *self.steps),
+            dense=dense,
+            total=(self.dense, *self.total),
+            by_layer={layer: (self.dense, *steps) for layer, steps in self.by_layer.items()},
+        )
 
     def changes(self, losses: Sequence[Losses]) -> list[Losses]:
         """What each step adds to the one before, the first to the dense model."""
@@ -133,6 +144,15 @@ def measure_ledger(
     )
 
 
+def dense_losses(model: Any, text: CalibrationText) -> Losses:
+    """Of a dense model, as it is."""
+    rows = zip(text.rows, text.answers, strict=True)
+    sums = torch.stack([_summed(model, row, answers) for row, answers in rows]).sum(0)
+    asked = int(text.answers[:, 1:].sum())
+    total, answered = sums.tolist()
+    return Losses(total / text.rows[:, 1:].numel(), answered / asked if asked else None)
+
+
 def steps_of(spec: HysparseSpec) -> list[Step]:
     """The steps from the dense model to ``spec``, the last of which is ``spec`` as it is."""
     if not spec.selects:
@@ -153,8 +173,9 @@ def put_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:
         model.get_parameter(name).copy_(values)
 
 
-def _summed(model: Any, row: Tensor, answers: Tensor, variation: Variation) -> Tensor:
+def _summed(model: Any, row: Tensor, answers: Tensor, variation: Variation | None = None) -> Tensor:
     """(2,) float64: the summed loss of all tokens of a row, and of its answers."""
     input_ids = row[None].to(model.device)
-    losses = token_losses(model, input_ids, hysparse_variation=variation)[0].double().cpu()
+    varied = {} if variation is None else {"hysparse_variation": variation}
+    losses = token_losses(model, input_ids, **varied)[0].double().cpu()
     return torch.stack([losses.sum(), losses[answers[1:]].sum()])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hysparse_cli.calibrate.text import CalibrationText, calibration_text, sequence_tokens_of
-from hysparse_cli.convert.ledger import Ledger, measure_ledger, put_tensors
+from hysparse_cli.convert.ledger import Ledger, dense_losses, measure_ledger, put_tensors
 from hysparse_cli.convert.plan import Plan
 from hysparse_cli.convert.swaps import swap_in_place
 from hysparse_cli.devices import out_of_memory_is
@@ -55,15 +55,18 @@ def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
     device = resolve_device(options.device)
     dtype = "float32" if device.type == "cpu" else options.dtype  # CPUs are slow in the others
     dense = load(str(plan.source.folder), dtype=dtype, device=device.type)
-    swap_in_place(dense.model, spec.swapped, family_of(dense.model.config.model_type))
     text = _text(options, dense)
+    explained = _first(text, options.explain_tokens)
     line = (
         f"out of memory on {device} with rows of {text.rows.shape[1]} tokens: lower "
         "convert.calibration_sequence_tokens, or leave out what runs the model (--init constant, "
         "no --explain)"
     )
-    start = ledger = None
+    start = ledger = before = None
     with out_of_memory_is(line):
+        if options.explain and spec.swapped:
+            before = dense_losses(dense.model, explained)
+        swap_in_place(dense.model, spec.swapped, family_of(dense.model.config.model_type))
         if plan.start_is_measured:
             init = INITS[options.init]
             start = init(dense.model, spec, text.rows, lambda *at: on_progress("start", *at))
@@ -71,10 +74,17 @@ def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
             install(dense.model, spec)
             dense.model.to(device, dense.model.dtype)
             put_tensors(dense.model, _constants(plan) | (start.tensors if start else {}))
-            kept = max(1, options.explain_tokens // text.rows.shape[1])
-            text = CalibrationText(text.rows[:kept], text.answers[:kept])
-            ledger = measure_ledger(dense.model, spec, text, lambda *at: on_progress("ledger", *at))
+            ledger = measure_ledger(
+                dense.model, spec, explained, lambda *at: on_progress("ledger", *at)
+            )
+            if before is not None:
+                ledger = ledger.after_swaps(before)
     return replace(plan, measured=Measured(start, ledger))
+
+
+def _first(text: CalibrationText, tokens: int) -> CalibrationText:
+    kept = max(1, tokens // text.rows.shape[1])
+    return CalibrationText(text.rows[:kept], text.answers[:kept])
 
 
 def _constants(plan: Plan) -> dict[str, Tensor]:

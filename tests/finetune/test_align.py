@@ -1,5 +1,6 @@
 """Aligning sparse layers with the dense teacher's, against computing each layer by itself."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from hysparse_cli.recipe import ConvertOptions, FinetuneOptions
 from hysparse_cli.recipe.finetune import StageOptions
 from hysparse_cli.source import locate
 from tests.model.equivalences import SPEC, TOKENS, ids
-from tests.model.tiny import TINY, dense_config, dense_model, hysparse_model
+from tests.model.tiny import KINDS, dense_config, dense_model, hysparse_model
 
 Batch = dict[str, Tensor]
 
@@ -57,7 +58,7 @@ def one_by_one(model: Any, teacher: Any, batch: Batch) -> Tensor:
 
         return hook
 
-    def replace(layer: int) -> Any:
+    def feed(layer: int) -> Any:
         def hook(module: Any, args: Any, kwargs: Any) -> Any:
             return (hidden[layer], *args[1:]), kwargs
 
@@ -76,7 +77,7 @@ def one_by_one(model: Any, teacher: Any, batch: Batch) -> Tensor:
                 keep(found, layer)
             ),
             model.get_submodule(family.layer.format(**at)).register_forward_pre_hook(
-                replace(layer), with_kwargs=True
+                feed(layer), with_kwargs=True
             ),
         ]
     teacher(**inputs, use_cache=False)
@@ -100,7 +101,7 @@ CHECKPOINTED = ("llama", "gpt_neox", "gpt_oss")
 
 @pytest.mark.parametrize(
     ("family", "checkpointing"),
-    [*((name, False) for name in sorted(TINY)), *((name, True) for name in CHECKPOINTED)],
+    [*((name, False) for name in KINDS), *((name, True) for name in CHECKPOINTED)],
 )
 def test_loss_and_gradients_are_those_of_each_layer_alone(family: str, checkpointing: bool) -> None:
     teacher, model = pair(family)
@@ -208,6 +209,13 @@ def test_other_forwards_of_the_model_stay_what_they_were() -> None:
     [
         ("dense", {}, {"objective": "align"}, "needs a checkpoint with sparse layers"),
         ("hysparse", {}, {"objective": "align"}, None),
+        (
+            "swapped",
+            {},
+            {"objective": "align"},
+            "layers 3 and 1 hold attention that was swapped .* use objective distill",
+        ),
+        ("swapped", {}, {"objective": "distill"}, None),
         ("hysparse", {"teacher": "hysparse"}, {"objective": "align"}, "needs a dense teacher"),
         (
             "hysparse",
@@ -227,7 +235,9 @@ def test_other_forwards_of_the_model_stay_what_they_were() -> None:
 def test_models_that_do_not_correspond_are_refused(
     family: str, changes: dict[str, Any], stage: dict[str, Any], reason: str | None
 ) -> None:
-    model = dense_model("llama") if family == "dense" else hysparse_model("llama", SPEC)
+    swapped = ((3, 1),) if family == "swapped" else ()
+    spec = replace(SPEC, swapped=swapped)
+    model = dense_model("llama") if family == "dense" else hysparse_model("llama", spec)
     sparse_teacher = changes.pop("teacher", None)
     config = dense_config("llama", **changes)
     teacher = (

@@ -228,9 +228,9 @@ def test_interrupted_runs_keep_their_state_and_say_so_in_one_line(
     tiny_original: Path, documents_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    options = options_for(documents_file, tiny_original, steps=1000)
+    options = options_for(documents_file, tiny_original, steps=200)
     run = start("", tiny_original, out, *arguments(options))
-    wait_for_step(run, 50)
+    wait_for_step(run, 10)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate()
     assert run.returncode == 130

@@ -22,7 +22,7 @@ from hysparse_cli.model.state import Shared, Variation
 from hysparse_cli.recipe import ConvertOptions, load_section
 from hysparse_kernels import block_sparse_attention
 from tests.model.equivalences import SPEC, ids
-from tests.model.tiny import dense_model
+from tests.model.tiny import KINDS, dense_model
 
 EVERY_BLOCK = torch.arange(15, dtype=torch.int32).expand(1, 60, 3, 15)
 # a router or softmax of transformers, or a norm over all heads
@@ -78,7 +78,7 @@ def test_folding_maps_values_that_come_from_elsewhere(family: str) -> None:
     assert torch.allclose(*outputs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_it_does_less_damage_than_copies(family: str) -> None:
     model, rows = dense_model(family).float(), ids(tokens=96)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

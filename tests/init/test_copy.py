@@ -1,4 +1,4 @@
-"""``--init copy``: fitted gates, for every family, that do less damage than gates of one half."""
+"""``--init copy``: fitted gates that do less damage than gates of one half."""
 
 from dataclasses import replace
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from hysparse_cli.convert.ledger import put_tensors
-from hysparse_cli.families import FAMILIES, family_of
+from hysparse_cli.families import family_of
 from hysparse_cli.init.copy import copy
 from hysparse_cli.model.modeling import install
 from tests.model.equivalences import SPEC, ids
-from tests.model.tiny import dense_model
+from tests.model.tiny import KINDS, dense_model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fitted_gates_of_every_family(family: str) -> None:
+@pytest.mark.parametrize("family", KINDS)
+def test_fitted_gates_of_every_kind_of_family(family: str) -> None:
     model = dense_model(family).float()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     start = copy(model, SPEC, ids(tokens=64), lambda done, total: None)

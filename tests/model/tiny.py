@@ -61,6 +61,22 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+# One of each kind, for slow tests of what the other families share with these: norms of queries and
+# keys (qwen3), a softcap and a norm after attention (gemma2), sinks (gpt_oss), fused projections
+# (phi3, gpt_neox), no norm before attention (olmo2), experts (mixtral), a parallel MLP (cohere).
+KINDS = (
+    "llama",
+    "qwen3",
+    "gemma2",
+    "gpt_oss",
+    "phi3",
+    "gpt_neox",
+    "olmo2",
+    "mixtral",
+    "cohere",
+)
+
+
 def dense_config(family: str, **changes: Any) -> Any:
     fields = COMMON | TINY[family] | changes
     # the grouped matrix product of fused experts takes no float64
