@@ -6,7 +6,6 @@ silently give wrong gradients.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,21 +25,25 @@ class Shared(NamedTuple):
     block_idx: Tensor
 
 
-@dataclass
 class ForwardState:
-    """One forward's state.
+    """One forward's state: no dataclass, of which FSDP2 would hand each layer a copy of its own.
 
     ``key_range`` is over the ``num_keys`` keys of a full layer, ``window_range`` over the keys that
     a sparse layer's own cache hands out.
     """
 
-    spec: HysparseSpec
-    num_keys: int
-    key_range: KeyRange
-    window_range: KeyRange
-    observer: Observer | None = None
-    grad_enabled: bool = field(default_factory=torch.is_grad_enabled)
-    _shared: dict[int, Shared] = field(default_factory=dict)
+    def __init__(
+        self,
+        spec: HysparseSpec,
+        num_keys: int,
+        key_range: KeyRange,
+        window_range: KeyRange,
+        observer: Observer | None = None,
+    ):
+        self.spec, self.num_keys, self.observer = spec, num_keys, observer
+        self.key_range, self.window_range = key_range, window_range
+        self.grad_enabled = torch.is_grad_enabled()
+        self._shared: dict[int, Shared] = {}
 
     def publish(self, full_layer: int, shared: Shared) -> None:
         """Hand a full layer's keys, values and selection to the layers it serves.

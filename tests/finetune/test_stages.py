@@ -88,6 +88,22 @@ def test_aligning_changes_sparse_attention_alone(
     assert all(name.startswith(("model.layers.1.self", "model.layers.2.self")) for name in names)
 
 
+@pytest.mark.parametrize("stages", [STAGES[:1], STAGES[1:2]], ids=["align", "distill"])
+def test_several_full_layers_serve(
+    hysparse: Hysparse,
+    converted: Convert,
+    tiny_original: Path,
+    documents_file: Path,
+    tmp_path: Path,
+    stages: list[dict[str, Any]],
+) -> None:
+    path = recipe(tmp_path / "r.yaml", stages=stages, steps=2)
+    args = (converted(ratio=None, pattern="FSFS"), tmp_path / "out", "--recipe", path, "--json")
+    run = hysparse("finetune", *args, "--data", documents_file, "--teacher", tiny_original)
+    assert run.exit_code == 0, run.stderr
+    assert len(json.loads(run.stdout)["steps"]) == 2
+
+
 def test_what_the_stages_need_is_said_at_once(
     hysparse: Hysparse, converted: Convert, tmp_path: Path
 ) -> None:
