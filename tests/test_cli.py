@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hysparse_cli import cli
+from hysparse_cli.progress import progress
 from tests.conftest import Hysparse
 
 HELP_SECONDS = 0.5
@@ -86,6 +86,6 @@ def test_a_traceback_is_shown_only_with_debug(hysparse: Hysparse) -> None:
 
 
 def test_a_bar_appears_on_a_terminal_only(capsys: pytest.CaptureFixture[str]) -> None:
-    with cli.progress("copying") as advance:
+    with progress("copying") as advance:
         advance(1, 2)
     assert capsys.readouterr() == ("", "")

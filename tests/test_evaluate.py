@@ -82,6 +82,20 @@ def test_loss_equals_an_independent_computation(
     assert loss.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
 
 
+@torch.no_grad()
+def test_loss_by_position_is_that_of_full_windows(tiny_original: Path, data: Path) -> None:
+    loaded = load(str(tiny_original))
+    windows = cut_windows(read_documents(data), loaded.tokenizer, 32, None)
+    whole = torch.tensor([window for window in windows if len(window) == 32])
+    logits = loaded.model(input_ids=whole).logits[:, :-1].double().log_softmax(-1)
+    of_tokens = -logits.gather(-1, whole[:, 1:, None])[..., 0].mean(0)
+    found = measure_loss(loaded.model, windows, 2, _quiet).by_position
+    # 31 predicted tokens in 8 parts: the first seven have 4, the last one 3
+    expected = [float(part.mean()) for part in of_tokens.split(4)]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert measure_loss(loaded.model, [whole[0, :6].tolist()], 1, _quiet).by_position == ()
+
+
 def test_correct_is_what_greedy_decoding_writes(tiny_original: Path) -> None:
     model = load(str(tiny_original), dtype="float32").model
     prompt = torch.arange(3, 23)[None]

@@ -15,6 +15,9 @@ from hysparse_cli.cli import app
 from hysparse_cli.families import FAMILIES, REFUSED
 
 ROOT = Path(__file__).parent.parent
+PRINT_OR_EXIT = re.compile(
+    r"\bprint\(|\bsys\.(?:stdout|stderr|exit)\b|\bos\._exit\b|\bSystemExit\b|\bConsole\([^)]*\)"
+)
 MACHINE_PATH = re.compile(r"(?<![\w.~:/-])/(?:work|root|home|Users|mnt|opt|tmp)/\w")
 
 
@@ -69,6 +72,19 @@ def test_no_file_names_a_path_of_one_machine() -> None:
             continue  # weights
         named += [f"{path.relative_to(ROOT)}: {hit.group()}" for hit in MACHINE_PATH.finditer(text)]
     assert named == []
+
+
+def test_only_the_command_line_prints_or_exits_and_progress_goes_to_stderr() -> None:
+    code = [p for folder in ("hysparse_cli", "kernels") for p in (ROOT / folder).rglob("*.py")]
+    found = [
+        (p.relative_to(ROOT), hit) for p in code for hit in PRINT_OR_EXIT.findall(p.read_text())
+    ]
+    cli, progress = Path("hysparse_cli/cli"), Path("hysparse_cli/progress.py")
+    assert any(path.is_relative_to(cli) for path, _ in found)
+    assert {(path, hit) for path, hit in found if not path.is_relative_to(cli)} == {
+        (progress, "sys.stderr"),
+        (progress, "Console(stderr=True)"),
+    }
 
 
 def test_numbered_examples_are_short() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hysparse_cli.logits import hidden_states, logits_of
 
 LOGITS_AT_ONCE = 1 << 26
+POSITION_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,14 @@ class Loss:
     """The mean of ``-log p(token | the tokens before it in its window)``, natural logarithm.
 
     tokens: how many were predicted: all but the first of each of the ``windows``.
+    by_position: the same mean in each of POSITION_PARTS equal parts of the windows of full length;
+    none where there is no such window, or it is too short.
     """
 
     nats_per_token: float
     tokens: int
     windows: int
+    by_position: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -65,14 +69,20 @@ def measure_loss(
 ) -> Loss:
     """The loss of ``model`` on ``windows``; those of equal length share a batch."""
     total, tokens = 0.0, 0
+    full_length = max(map(len, windows))
+    by_token = torch.zeros(full_length - 1, dtype=torch.float64)  # of windows of full length
     batches = _batches(windows, batch_size)
     for done, batch in enumerate(batches):
         on_progress(done, len(batches))
         input_ids = torch.tensor(batch, device=model.device)
-        total += float(token_losses(model, input_ids).double().sum())
+        losses = token_losses(model, input_ids).double().sum(0).cpu()
+        total += float(losses.sum())
         tokens += input_ids[:, 1:].numel()
+        if len(losses) == len(by_token):
+            by_token += losses
     on_progress(len(batches), len(batches))
-    return Loss(total / tokens, tokens, len(windows))
+    whole = sum(len(window) == full_length for window in windows)
+    return Loss(total / tokens, tokens, len(windows), _by_position(by_token / whole))
 
 
 @torch.no_grad()
@@ -91,6 +101,12 @@ def token_losses(model: Any, input_ids: Tensor, **options: Any) -> Tensor:
         answers = labels[:, begin : begin + stretch]
         parts.append(F.cross_entropy(logits.transpose(1, 2), answers, reduction="none"))
     return torch.cat(parts, dim=1)
+
+
+def _by_position(losses: Tensor) -> tuple[float, ...]:
+    if len(losses) < POSITION_PARTS:
+        return ()
+    return tuple(float(part.mean()) for part in losses.tensor_split(POSITION_PARTS))
 
 
 def _batches(windows: Sequence[list[int]], batch_size: int) -> list[list[list[int]]]:

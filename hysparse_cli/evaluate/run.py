@@ -11,8 +11,9 @@ import torch
 from hysparse_cli.devices import describe, out_of_memory_is
 from hysparse_cli.documents import read_documents
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
-from hysparse_cli.evaluate.perplexity import Loss, cut_windows, measure_loss
-from hysparse_cli.evaluate.retrieval import Context, Task, write_context
+from hysparse_cli.evaluate.perplexity import Loss, measure_loss
+from hysparse_cli.evaluate.retrieval import Context, Task
+from hysparse_cli.evaluate.texts import Texts
 from hysparse_cli.loading import Loaded, load, short_names
 from hysparse_cli.logits import hidden_states, logits_of
 from hysparse_cli.model.config import spec_of
@@ -102,7 +103,7 @@ def evaluate(
     """
     if options.data is None and not options.retrieval_tokens:
         raise InvalidRecipe("nothing to evaluate: give --data, --retrieval-tokens or both")
-    documents = _read(options) if options.data is not None else None
+    texts = Texts(_read(options) if options.data is not None else None, options)
     scores: list[CheckpointScores] = []
     environment: dict[str, Any] = {}
     windows: list[list[int]] | None = None
@@ -110,18 +111,16 @@ def evaluate(
         loaded = load(checkpoint, dtype=options.dtype, device=options.device)
         environment = describe(loaded.model.device)
         _check_lengths(checkpoint, loaded.model.config, options)
-        if documents is not None:
-            on_progress(f"{checkpoint}: tokenizing", 0, 1)
-            cut = cut_windows(
-                documents, loaded.tokenizer, options.sequence_tokens, options.max_tokens
-            )
+        on_progress(f"{checkpoint}: tokenizing", 0, 1)
+        cut = texts.windows(loaded.tokenizer)
+        if cut is not None:
             _check_windows(cut, windows, checkpoint, checkpoints[0], options)
             windows = cut
         with out_of_memory_is(
             f"out of memory while evaluating {checkpoint} on {loaded.model.device}: lower "
             "eval.batch_size, eval.sequence_tokens or eval.retrieval_tokens, or use a smaller dtype"
         ):
-            scores.append(_score(checkpoint, loaded, windows, documents, options, on_progress))
+            scores.append(_score(checkpoint, loaded, texts, options, on_progress))
     return Evaluation(options, environment, scores)
 
 
@@ -151,13 +150,12 @@ def count_correct(model: Any, contexts: Sequence[Context], batch_size: int) -> t
 def _score(
     checkpoint: str,
     loaded: Loaded,
-    windows: list[list[int]] | None,
-    filler: Sequence[str] | None,
+    texts: Texts,
     options: EvalOptions,
     on_progress: Progress,
 ) -> CheckpointScores:
     loss = None
-    if windows is not None:
+    if (windows := texts.windows(loaded.tokenizer)) is not None:
         loss = measure_loss(
             loaded.model,
             windows,
@@ -168,7 +166,7 @@ def _score(
     for form in options.retrieval_forms:
         for tokens in options.retrieval_tokens:
             task = Task(form, tokens, options.retrieval_facts, options.retrieval_questions)
-            retrieval.append(_retrieve(checkpoint, loaded, task, filler, options, on_progress))
+            retrieval.append(_retrieve(checkpoint, loaded, task, texts, options, on_progress))
     spec = spec_of(loaded.model.config)
     attention = "dense" if spec is None else f"{spec.layout} {spec.pattern}"
     dtype = str(loaded.model.dtype).removeprefix("torch.")
@@ -179,7 +177,7 @@ def _retrieve(
     checkpoint: str,
     loaded: Loaded,
     task: Task,
-    filler: Sequence[str] | None,
+    texts: Texts,
     options: EvalOptions,
     on_progress: Progress,
 ) -> Retrieval:
@@ -189,10 +187,7 @@ def _retrieve(
             f"{checkpoint}: {task.form}, {task.tokens} tokens", begin, options.retrieval_samples
         )
         end = min(begin + options.batch_size, options.retrieval_samples)
-        contexts = [
-            write_context(task, index, loaded.tokenizer, filler, options.seed)
-            for index in range(begin, end)
-        ]
+        contexts = [texts.context(loaded.tokenizer, task, index) for index in range(begin, end)]
         right, questions = count_correct(loaded.model, contexts, options.batch_size)
         correct, asked = correct + right, asked + questions
     return Retrieval(task.form, task.tokens, correct, asked)
@@ -245,6 +240,7 @@ def _score_as_json(score: CheckpointScores) -> dict[str, Any]:
         and {
             "nats_per_token": _finite(loss.nats_per_token),
             "perplexity": _finite(loss.perplexity),
+            "by_position": [_finite(nats) for nats in loss.by_position],
             "tokens": loss.tokens,
             "windows": loss.windows,
         },

@@ -1,0 +1,76 @@
+"""``hysparse finetune``: also what each process of a launched run calls."""
+
+import sys
+from contextlib import nullcontext
+from typing import Annotated
+
+import typer
+
+from hysparse_cli import processes
+from hysparse_cli.cli.shared import (
+    AlreadySaid,
+    AsJson,
+    Assignments,
+    Checkpoint,
+    Device,
+    Dtype,
+    Out,
+    Overwrite,
+    RecipeFile,
+    show,
+)
+from hysparse_cli.progress import training_steps
+
+
+def finetune(
+    checkpoint: Checkpoint,
+    out: Out,
+    recipe: RecipeFile = None,
+    assignments: Assignments = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text or jsonl file (.xz, .gz), parquet file, or hub:NAME, a data set."),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A dense checkpoint to distill from.  [default: none]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="With stages: of all together.  [default: 200]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="[default: 8]")] = None,
+    sequence_tokens: Annotated[int | None, typer.Option(help="[default: 1024]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: 3e-4]")] = None,
+    trainable: Annotated[
+        str | None, typer.Option(help="all, attention, sparse-attention or new.  [default: all]")
+    ] = None,
+    save_every_steps: Annotated[
+        int | None, typer.Option(help="Keep the run's state in OUT.state.  [default: never]")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="auto: go on where OUT.state has state; or the folder of a state."),
+    ] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(help="Start so many processes, one for each GPU.  [default: 1]")
+    ] = None,
+    log_to: Annotated[str | None, typer.Option(help="tensorboard or wandb.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    overwrite: Overwrite = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a checkpoint on text, alone or towards a dense teacher."""
+    from hysparse_cli.recipe import FinetuneOptions, load_section
+
+    options = load_section(FinetuneOptions, recipe, assignments, locals())
+    if options.nproc_per_node not in (None, 1) and not processes.is_launched():
+        from hysparse_cli.finetune.launch import launch
+
+        raise AlreadySaid(launch(sys.argv[1:], options))
+    from hysparse_cli import finetune as finetuning
+
+    is_first = processes.rank() == 0
+    with training_steps() if is_first else nullcontext(lambda now: None) as on_step:
+        result = finetuning.finetune(checkpoint, out, options, on_step)
+    if is_first:
+        show(result, as_json)
