@@ -80,9 +80,7 @@ def convert(
     ] = None,
     init: Annotated[
         str | None,
-        typer.Option(
-            help="How new layers start: constant, or copy (measured).  [default: constant]"
-        ),
+        typer.Option(help="How new layers start: constant, copy or aligned.  [default: constant]"),
     ] = None,
     explain: Annotated[
         bool | None, typer.Option("--explain", help="Measure what each mechanism costs.")
