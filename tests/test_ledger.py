@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hysparse_cli.calibrate.text import CalibrationText
@@ -121,10 +120,10 @@ def test_convert_explains_what_it_wrote(
 
 
 def _loss_as_calibrated(model: Any, folder: Path) -> float:
-    from hysparse_cli.calibrate.text import calibration_rows
+    from hysparse_cli.calibrate.text import calibration_text
     from hysparse_cli.loading import load_tokenizer
 
-    rows: Tensor = calibration_rows(
+    text = calibration_text(
         load_tokenizer(folder),
         data=None,
         text_field="text",
@@ -132,4 +131,4 @@ def _loss_as_calibrated(model: Any, folder: Path) -> float:
         sequence_tokens=256,
         seed=0,
     )
-    return float(token_losses(model, rows[:1]).double().mean())
+    return float(token_losses(model, text.rows[:1]).double().mean())

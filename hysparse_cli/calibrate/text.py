@@ -71,26 +71,6 @@ def calibration_text(
     return CalibrationText(torch.tensor(rows, dtype=torch.int64), answers)
 
 
-def calibration_rows(
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    data: Path | None,
-    text_field: str,
-    tokens: int,
-    sequence_tokens: int,
-    seed: int,
-) -> Tensor:
-    """The rows of ``calibration_text``: (N, T) int64."""
-    return calibration_text(
-        tokenizer,
-        data=data,
-        text_field=text_field,
-        tokens=tokens,
-        sequence_tokens=sequence_tokens,
-        seed=seed,
-    ).rows
-
-
 def sequence_tokens_of(options: ConvertOptions, config: Any) -> int:
     """How long a row is: what the options say, or twice what a sparse layer selects.
 

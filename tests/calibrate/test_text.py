@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hysparse_cli.calibrate.text import calibration_rows, calibration_text
+from hysparse_cli.calibrate.text import calibration_text
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 
 SIZE: dict[str, Any] = {"text_field": "text", "tokens": 2048, "sequence_tokens": 512, "seed": 0}
@@ -19,15 +19,16 @@ def tokenizer(tiny_original: Path) -> Any:
 
 
 def test_rows_are_the_same_for_a_seed_and_others_for_another(tokenizer: Any) -> None:
-    rows = calibration_rows(tokenizer, data=None, **SIZE)
+    rows = calibration_text(tokenizer, data=None, **SIZE).rows
     assert rows.shape == (4, 512) and rows.dtype == torch.int64
-    assert torch.equal(rows, calibration_rows(tokenizer, data=None, **SIZE))
+    assert torch.equal(rows, calibration_text(tokenizer, data=None, **SIZE).rows)
 
 
 def test_each_row_plants_facts_and_asks_for_them(stories_260k: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(stories_260k)
-    rows = calibration_rows(tokenizer, data=None, **SIZE)
-    assert not torch.equal(rows, calibration_rows(tokenizer, data=None, **SIZE | {"seed": 1}))
+    rows = calibration_text(tokenizer, data=None, **SIZE).rows
+    other = calibration_text(tokenizer, data=None, **SIZE | {"seed": 1}).rows
+    assert not torch.equal(rows, other)
     texts = tokenizer.batch_decode(rows)
     asks = ("What is the special magic number for ", "what is the secret of ", "\n", "\n")
     ends = (" mentioned", "?", " = ", ": ")
@@ -51,7 +52,7 @@ def test_rows_from_a_file_alternate_its_text_and_facts_in_it(
 ) -> None:
     data = tmp_path / "words.txt"
     data.write_text("w7 w8 w9 w10 " * 40000)
-    rows = calibration_rows(tokenizer, data=data, **SIZE)
+    rows = calibration_text(tokenizer, data=data, **SIZE).rows
     own = torch.tensor(tokenizer("w7 w8 w9 w10")["input_ids"])
     of_file = torch.isin(rows, own).float().mean(1)
     assert (of_file[[0, 2]] > 0.99).all()  # an excerpt may begin within a word
@@ -62,6 +63,6 @@ def test_what_can_not_be_read_or_does_not_fit_is_refused(tokenizer: Any, tmp_pat
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     with pytest.raises(UnreadableInput, match="holds no text"):
-        calibration_rows(tokenizer, data=empty, **SIZE)
+        calibration_text(tokenizer, data=empty, **SIZE)
     with pytest.raises(InvalidRecipe, match="rows of 16 tokens are too short"):
-        calibration_rows(tokenizer, data=None, **SIZE | {"sequence_tokens": 16})
+        calibration_text(tokenizer, data=None, **SIZE | {"sequence_tokens": 16})
