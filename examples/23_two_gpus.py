@@ -1,6 +1,6 @@
 """The same finetuning on one GPU and on two: are the losses the same, and how much faster is it?
 
-    python examples/23_two_gpus.py /tmp/two-gpus
+    python examples/23_two_gpus.py two-gpus
 
 makes a random qwen3 of 0.9B parameters that reads 32k tokens, converts it, and trains it for 12
 steps of 4 rows of 32,768 tokens in bfloat16 with gradient checkpointing, the same rows in each
