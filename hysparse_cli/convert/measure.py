@@ -5,9 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from hysparse_cli.calibrate.text import CalibrationText, calibration_text, sequence_tokens_of
 from hysparse_cli.convert.ledger import Ledger, dense_losses, measure_ledger, put_tensors
 from hysparse_cli.convert.plan import Plan
@@ -17,8 +14,8 @@ from hysparse_cli.families import family_of
 from hysparse_cli.init.aligned import aligned
 from hysparse_cli.init.copy import copy
 from hysparse_cli.init.start import Init, Start
-from hysparse_cli.loading import Loaded, load, resolve_device
-from hysparse_cli.model.modeling import install
+from hysparse_cli.loading import Loaded, load_to_measure
+from hysparse_cli.model.modeling import make_sparse
 from hysparse_cli.recipe import ConvertOptions
 
 INITS: dict[str, Init] = {"copy": copy, "aligned": aligned}
@@ -52,13 +49,11 @@ def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
         has no tokenizer or the calibration text is missing.
     """
     options, spec = plan.options, plan.spec
-    device = resolve_device(options.device)
-    dtype = "float32" if device.type == "cpu" else options.dtype  # CPUs are slow in the others
-    dense = load(str(plan.source.folder), dtype=dtype, device=device.type)
+    dense = load_to_measure(plan.source.folder, dtype=options.dtype, device=options.device)
     text = _text(options, dense)
     explained = _first(text, options.explain_tokens)
     line = (
-        f"out of memory on {device} with rows of {text.rows.shape[1]} tokens: lower "
+        f"out of memory on {dense.model.device} with rows of {text.rows.shape[1]} tokens: lower "
         "convert.calibration_sequence_tokens, or leave out what runs the model (--init constant, "
         "no --explain)"
     )
@@ -71,9 +66,8 @@ def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
             init = INITS[options.init]
             start = init(dense.model, spec, text.rows, lambda *at: on_progress("start", *at))
         if options.explain:
-            install(dense.model, spec)
-            dense.model.to(device, dense.model.dtype)
-            put_tensors(dense.model, _constants(plan) | (start.tensors if start else {}))
+            make_sparse(dense.model, spec)
+            put_tensors(dense.model, start.tensors if start else {})
             ledger = measure_ledger(
                 dense.model, spec, explained, lambda *at: on_progress("ledger", *at)
             )
@@ -85,10 +79,6 @@ def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
 def _first(text: CalibrationText, tokens: int) -> CalibrationText:
     kept = max(1, tokens // text.rows.shape[1])
     return CalibrationText(text.rows[:kept], text.answers[:kept])
-
-
-def _constants(plan: Plan) -> dict[str, Tensor]:
-    return {n: torch.full(t.shape, t.fill) for n, t in plan.new_tensors.items()}
 
 
 def _text(options: ConvertOptions, dense: Loaded) -> CalibrationText:

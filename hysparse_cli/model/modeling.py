@@ -95,6 +95,15 @@ def install(model: Any, spec: HysparseSpec) -> None:
     decoder.register_forward_pre_hook(StateHook(spec), with_kwargs=True)
 
 
+def make_sparse(model: Any, spec: HysparseSpec) -> None:
+    """``install`` into a loaded dense model, with the new tensors at the values they start from."""
+    install(model, spec)
+    for module in model.modules():
+        if isinstance(module, Branches):
+            module.reset_parameters()
+            module.to(model.device, model.dtype)  # the whole model's buffers must stay float32
+
+
 class StateHook:
     """Forward pre-hook of the decoder: makes the state of this forward and passes it along."""
 

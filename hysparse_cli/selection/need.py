@@ -8,9 +8,8 @@ import torch
 from hysparse_cli.calibrate.text import CalibrationText
 from hysparse_cli.evaluate.perplexity import token_losses
 from hysparse_cli.layout import FULL, SPARSE
-from hysparse_cli.model.attention import Branches
 from hysparse_cli.model.config import HysparseSpec
-from hysparse_cli.model.modeling import install
+from hysparse_cli.model.modeling import make_sparse
 from hysparse_cli.model.state import Variation
 
 # The residual stream changes from layer to layer: attention that moves far reads another one.
@@ -54,15 +53,11 @@ def measure_need(
         model: dense; it is made sparse in place, for good.
         on_progress: told forwards done, and of how many: rows x layers.
     """
-    num_layers, device, dtype = model.config.num_hidden_layers, model.device, model.dtype
+    num_layers = model.config.num_hidden_layers
     spec = HysparseSpec(
         FULL + SPARSE * (num_layers - 1), layout="hybrid-swa", window_tokens=window_tokens
     )
-    install(model, spec)
-    for module in model.modules():
-        if isinstance(module, Branches):
-            module.reset_parameters()
-    model.to(device, dtype)
+    make_sparse(model, spec)
     answers = text.answers[:, 1:]
     counted = answers if bool(answers.any()) else torch.ones_like(answers)
     sums = [0.0] * num_layers
@@ -70,7 +65,7 @@ def measure_need(
         for layer in range(num_layers):  # layer 0 stands for none
             on_progress(r * num_layers + layer, len(text.rows) * num_layers)
             alone = Variation(spec, frozenset({layer} if layer else ()), learned=False)
-            losses = token_losses(model, row[None].to(device), hysparse_variation=alone)[0]
+            losses = token_losses(model, row[None].to(model.device), hysparse_variation=alone)[0]
             sums[layer] += float(losses.cpu()[counted[r]].double().sum())
     on_progress(len(text.rows) * num_layers, len(text.rows) * num_layers)
     asked = int(counted.sum())

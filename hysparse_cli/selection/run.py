@@ -11,7 +11,7 @@ from hysparse_cli.calibrate.text import calibration_text, sequence_tokens_of
 from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.devices import describe, out_of_memory_is
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
-from hysparse_cli.loading import load, resolve_device
+from hysparse_cli.loading import load_to_measure
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.recipe import ConvertOptions
 from hysparse_cli.selection.need import choose_swaps, measure_need
@@ -71,9 +71,7 @@ def choose_attention(
     Raises: UnreadableInput, UnsupportedModel, OutOfResources.
     """
     on_progress("loading", 0, 1)
-    device = resolve_device(options.device)
-    dtype = "float32" if device.type == "cpu" else "auto"
-    model, tokenizer, _ = load(str(source.folder), dtype=dtype, device=device.type)
+    model, tokenizer, _ = load_to_measure(source.folder, device=options.device)
     text = calibration_text(tokenizer, **_text_arguments(_text(options, model.config)))
     with out_of_memory_is(_out_of_memory(model.device, text.rows)):
         need = measure_need(
@@ -96,9 +94,7 @@ def _measure(
 ) -> Scores:
     """What ``strategy`` needs, added to what is ``known``, on the text that was used before."""
     on_progress("loading", 0, 1)
-    device = resolve_device(options.device)
-    dtype = "float32" if device.type == "cpu" else "auto"
-    model, tokenizer, _ = load(str(source.folder), dtype=dtype, device=device.type)
+    model, tokenizer, _ = load_to_measure(source.folder, device=options.device)
     model.requires_grad_(False)
     sizes = {name: getattr(options, name) for name in SIZES}
     text = _text(options, model.config) if known is None else known.text

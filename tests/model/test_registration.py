@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hysparse_cli.model.config import HysparseSpec
+from hysparse_cli.model.modeling import make_sparse
 from tests.model.equivalences import SPEC
-from tests.model.tiny import hysparse_model
+from tests.model.tiny import dense_config, hysparse_model
 
 LOAD = "m = AutoModelForCausalLM.from_pretrained(path{options}); print(type(m).__name__)"
 
@@ -96,3 +97,14 @@ def test_layer_types_make_the_caches(checkpoint: Path) -> None:
         "sliding_attention",
     ]
     assert set(HysparseSpec("FSSFS", sparse_kv="own").layer_types) == {"full_attention"}
+
+
+def test_a_dense_model_made_sparse_keeps_its_rotary_frequencies() -> None:
+    model = AutoModelForCausalLM.from_config(dense_config("qwen3"), dtype=torch.bfloat16)
+    before = model.model.rotary_emb.inv_freq.clone()
+    make_sparse(model, SPEC)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+    new = {n: p for n, p in model.named_parameters() if ".hysparse." in n}
+    assert new and {p.dtype for p in new.values()} == {torch.bfloat16}
+    assert all(p.eq(-10 if n.endswith("sinks") else 0).all() for n, p in new.items())
