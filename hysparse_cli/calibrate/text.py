@@ -71,6 +71,23 @@ def calibration_text(
     return CalibrationText(torch.tensor(rows, dtype=torch.int64), answers)
 
 
+def text_for(
+    options: ConvertOptions, tokenizer: "PreTrainedTokenizerBase", config: Any
+) -> CalibrationText:
+    """The calibration text that ``options`` describe, for a model with this config.
+
+    Raises: as ``calibration_text`` and ``sequence_tokens_of``.
+    """
+    return calibration_text(
+        tokenizer,
+        data=None if options.calibration is None else Path(options.calibration),
+        text_field=options.calibration_text_field,
+        tokens=options.calibration_tokens,
+        sequence_tokens=sequence_tokens_of(options, config),
+        seed=options.seed,
+    )
+
+
 def sequence_tokens_of(options: ConvertOptions, config: Any) -> int:
     """How long a row is: what the options say, or twice what a sparse layer selects.
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from hysparse_cli.calibrate.text import CalibrationText, calibration_text, sequence_tokens_of
+from hysparse_cli.calibrate.text import CalibrationText, text_for
 from hysparse_cli.convert.ledger import Ledger, dense_losses, measure_ledger, put_tensors
 from hysparse_cli.convert.plan import Plan
 from hysparse_cli.convert.swaps import swap_in_place
@@ -14,9 +13,8 @@ from hysparse_cli.families import family_of
 from hysparse_cli.init.aligned import aligned
 from hysparse_cli.init.copy import copy
 from hysparse_cli.init.start import Init, Start
-from hysparse_cli.loading import Loaded, load_to_measure
+from hysparse_cli.loading import load_to_measure
 from hysparse_cli.model.modeling import make_sparse
-from hysparse_cli.recipe import ConvertOptions
 
 INITS: dict[str, Init] = {"copy": copy, "aligned": aligned}
 
@@ -50,7 +48,7 @@ def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
     """
     options, spec = plan.options, plan.spec
     dense = load_to_measure(plan.source.folder, dtype=options.dtype, device=options.device)
-    text = _text(options, dense)
+    text = text_for(options, dense.tokenizer, dense.model.config)
     explained = _first(text, options.explain_tokens)
     line = (
         f"out of memory on {dense.model.device} with rows of {text.rows.shape[1]} tokens: lower "
@@ -79,14 +77,3 @@ def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
 def _first(text: CalibrationText, tokens: int) -> CalibrationText:
     kept = max(1, tokens // text.rows.shape[1])
     return CalibrationText(text.rows[:kept], text.answers[:kept])
-
-
-def _text(options: ConvertOptions, dense: Loaded) -> CalibrationText:
-    return calibration_text(
-        dense.tokenizer,
-        data=None if options.calibration is None else Path(options.calibration),
-        text_field=options.calibration_text_field,
-        tokens=options.calibration_tokens,
-        sequence_tokens=sequence_tokens_of(options, dense.model.config),
-        seed=options.seed,
-    )

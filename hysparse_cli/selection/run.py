@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli import layout as layouts
-from hysparse_cli.calibrate.text import calibration_text, sequence_tokens_of
+from hysparse_cli.calibrate.text import calibration_text, sequence_tokens_of, text_for
 from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.devices import describe, out_of_memory_is
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
@@ -72,7 +72,7 @@ def choose_attention(
     """
     on_progress("loading", 0, 1)
     model, tokenizer, _ = load_to_measure(source.folder, device=options.device)
-    text = calibration_text(tokenizer, **_text_arguments(_text(options, model.config)))
+    text = text_for(options, tokenizer, model.config)
     with out_of_memory_is(_out_of_memory(model.device, text.rows)):
         need = measure_need(
             model,
@@ -98,7 +98,14 @@ def _measure(
     model.requires_grad_(False)
     sizes = {name: getattr(options, name) for name in SIZES}
     text = _text(options, model.config) if known is None else known.text
-    rows = calibration_text(tokenizer, **_text_arguments(text)).rows
+    rows = calibration_text(
+        tokenizer,
+        data=None if text["calibration"] is None else Path(text["calibration"]),
+        text_field=text["calibration_text_field"],
+        tokens=text["calibration_tokens"],
+        sequence_tokens=text["calibration_sequence_tokens"],
+        seed=text["seed"],
+    ).rows
     num_layers = model.config.num_hidden_layers
     spec = HysparseSpec(layouts.FULL * num_layers, **sizes)
     with out_of_memory_is(_out_of_memory(model.device, rows)):
@@ -165,18 +172,6 @@ def _text(options: ConvertOptions, config: Any) -> dict[str, Any]:
     """The options of the calibration text, resolved for this model."""
     length = sequence_tokens_of(options, config)
     return {name: getattr(options, name) for name in TEXT} | {"calibration_sequence_tokens": length}
-
-
-def _text_arguments(text: dict[str, Any]) -> dict[str, Any]:
-    """What ``calibration_text`` is given, from what ``_text`` has resolved."""
-    file = text["calibration"]
-    return {
-        "data": None if file is None else Path(file),
-        "text_field": text["calibration_text_field"],
-        "tokens": text["calibration_tokens"],
-        "sequence_tokens": text["calibration_sequence_tokens"],
-        "seed": text["seed"],
-    }
 
 
 def _out_of_memory(device: Any, rows: Any) -> str:
