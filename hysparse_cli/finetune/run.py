@@ -79,9 +79,10 @@ def _train(
     torch.manual_seed(options.seed + group.rank)
     loaded, teacher = _load_models(checkpoint, options)
     if options.sequence_parallel_size > 1:
-        split_rows(loaded.model, checkpoint, options.sequence_parallel_size)
+        split_rows(loaded.model, checkpoint, options.sequence_parallel_size, trained=True)
         if teacher is not None:
-            split_rows(teacher, str(options.teacher), options.sequence_parallel_size)
+            teacher_name, size = str(options.teacher), options.sequence_parallel_size
+            split_rows(teacher, teacher_name, size, trained=False)
     if options.lora_rank is not None:
         add_adapters(loaded.model, options)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
@@ -246,5 +247,9 @@ def _out_of_memory(options: FinetuneOptions) -> str:
         remedies.append("dtype: bfloat16")
     if options.trainable == "all":
         remedies.append("trainable: attention or new")
+    remedies.append(
+        f"sequence_parallel_size above {options.sequence_parallel_size} (processes that split each "
+        "row's tokens, up to the number of KV heads)"
+    )
     remedies.append(f"sequence_tokens below {options.sequence_tokens}")
     return f"out of memory; what helps, most first: {', '.join(remedies)}"

@@ -10,9 +10,11 @@ from hysparse_cli.model.split import SPLIT
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-def split_rows(model: Any, name: str, num_processes: int) -> None:
+def split_rows(model: Any, name: str, num_processes: int, *, trained: bool) -> None:
     """Let ``model``, dense or converted, see rows that ``num_processes`` split.
 
+    Args:
+        trained: whether the model is, and so drops out what its config.json says.
     Raises: InvalidRecipe where it can't be right; UnsupportedModel where the family is not known.
     """
     config = model.config
@@ -25,10 +27,11 @@ def split_rows(model: Any, name: str, num_processes: int) -> None:
             f"{name} has {num_kv_heads} KV heads, which so many processes can't share evenly: use "
             "a divisor of them"
         )
-    elif getattr(config, "attention_dropout", 0):
+    elif trained and getattr(config, "attention_dropout", 0):
         problem = (
-            f"{name} has attention_dropout {config.attention_dropout} in its config.json, which "
-            "attention over split rows does not have: set it to 0, or leave this out"
+            f"{name} drops out {config.attention_dropout} of its attention (attention_dropout in "
+            "its config.json), which attention over split rows does not: set it to 0, or leave "
+            "this out"
         )
     elif rope.get("rope_type") in _LENGTH_DEPENDENT:
         problem = (
