@@ -27,7 +27,7 @@ def split_rows(model: Any, name: str, num_processes: int, *, trained: bool) -> N
             f"{name} has {num_kv_heads} KV heads, which so many processes can't share evenly: use "
             "a divisor of them"
         )
-    elif trained and getattr(config, "attention_dropout", 0):
+    elif trained and getattr(config, "attention_dropout", None):
         problem = (
             f"{name} drops out {config.attention_dropout} of its attention (attention_dropout in "
             "its config.json), which attention over split rows does not: set it to 0, or leave "
