@@ -18,6 +18,7 @@ from tests.finetune.test_processes import assert_same_run, start
 from tests.finetune.test_resume import arguments
 from tests.model.tiny import KINDS, dense_model
 
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
 STAGES: list[dict[str, Any]] = [
     {"objective": "align", "steps": 3},
     {"objective": "distill", "steps": 3, "distill_weight": 0.5, "hidden_weight": 0.5},
@@ -28,6 +29,7 @@ STAGES: list[dict[str, Any]] = [
 def test_split_rows_train_as_whole_ones_and_go_on_from_their_state(
     converted: Convert, tiny_original: Path, documents_file: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("accelerate")
     checkpoint, out = converted(), tmp_path / "out"
     options = FinetuneOptions(
         data=str(documents_file),
@@ -49,8 +51,8 @@ def test_split_rows_train_as_whole_ones_and_go_on_from_their_state(
     with pytest.raises(Interrupted):
         finetune(str(checkpoint), out, saving, stop)
     split = saving.model_copy(update={"sequence_parallel_size": 2, "resume": "auto"})
-    command = ("finetune", checkpoint, out, *arguments(split), "--nproc-per-node=2", "--json")
-    run = start("hysparse_cli", *command)
+    command = ("-m", "hysparse_cli", "finetune", checkpoint, out, *arguments(split), "--json")
+    run = start(*ACCELERATE, *command)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert (result["resumed_at"], result["num_processes"]) == (2, 2)
