@@ -1,57 +1,63 @@
 """Retrofits of novels-25m, healed on the same tokens, beside the dense model and hybrid SWA.
 
-    python examples/21_retrofit_study.py novels-25m healing.jsonl.xz held-out.jsonl.xz out 64,320
+    python examples/21_retrofit_study.py novels-25m healing.jsonl.xz held-out.jsonl.xz out 4M
+    python examples/21_retrofit_study.py novels-25m healing.jsonl.xz held-out.jsonl.xz out 21M
 
-heals every start for 64 steps of 65,536 tokens (1% of the pretraining's), evaluates all of them on
-held-out text (out/study.64.json), and does it again with 320 steps. What was healed before stays.
+The first heals with 4M tokens, 1% of the pretraining's, at three learning rates; the one with the
+least training loss over the last eighth of the steps, of tokens that are new to it, is taken for
+more seeds (orders of the text). The second heals with 21M tokens, half as many a step; the learning
+rate goes with the root of that. All are evaluated on held-out text (out/study.4M.json, ...). Two
+runs at a time on each GPU; none is made twice.
 """
 
 import json
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+from retrofit_healing import Run, heal, judge
 from retrofit_starts import STARTS
 
-from hysparse_cli.convert.measure import measured
-from hysparse_cli.convert.run import execute, plan
-from hysparse_cli.evaluate import evaluate
-from hysparse_cli.finetune import finetune
-from hysparse_cli.recipe import ConvertOptions, EvalOptions, FinetuneOptions
-from hysparse_cli.source import locate
-
-LEARNING_RATE = {"dense": 1e-4}
-HEALING = {"batch_size": 4, "gradient_accumulation": 2, "sequence_tokens": 8192}
-MEASURES = {"sequence_tokens": 8192, "max_tokens": 400_000, "retrieval_samples": 16}
-LENGTHS = [1024, 2048, 4096, 8192]
+RATES = (3e-4, 6e-4, 1.2e-3)
+PHASES = {"4M": (64, 8, 1.0), "21M": (640, 4, 0.5**0.5)}  # steps, rows of each, rate x
 
 
-def heal(name: str, dense: str, text: str, steps: int, start: Path, out: Path) -> str:
-    options, source, teacher = STARTS[name], dense, {}
-    if options is not None:
-        how = ConvertOptions(**options, init="copy")
-        planned = measured(plan(locate(dense), how), lambda what, done, total: None)
-        execute(planned, start, lambda done, total: None)
-        source, teacher = str(start), {"teacher": dense, "distill_weight": 0.5}
-    rates = {"learning_rate": LEARNING_RATE.get(name, 1e-3), "decay_fraction": 0.3}
-    healing = FinetuneOptions(data=text, steps=steps, **rates, **HEALING, **teacher)
-    done = finetune(source, out, healing, lambda now: None)
-    return f"{done.tokens_per_second:,.0f} tokens/s, {done.seconds:.0f} s"
+def take_gpu(turns: Any) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(turns.get())
 
 
 if __name__ == "__main__":
-    dense, text, held_out, folder = sys.argv[1:5]
-    for steps in map(int, sys.argv[5].split(",")):
-        healed = []
-        for name in STARTS:
-            place = Path(folder) / f"{name.replace(' ', '-')}.{steps}"
-            place.mkdir(parents=True, exist_ok=True)
-            if not (place / "healed").exists():
-                speed = heal(name, dense, text, steps, place / "start", place / "healed")
-                print(f"{name}, {steps} steps: {speed}", flush=True)
-            healed.append(str(place / "healed"))
-        options = EvalOptions(data=held_out, batch_size=8, retrieval_tokens=LENGTHS, **MEASURES)
-        result = evaluate([dense, *healed], options).as_json()
-        (Path(folder) / f"study.{steps}.json").write_text(json.dumps(result, indent=2) + "\n")
-        for row in result["checkpoints"]:
-            far = [cell["accuracy"] for cell in row["retrieval"] if cell["tokens"] == LENGTHS[-1]]
-            print(row["checkpoint"], f"{row['loss']['nats_per_token']:.4f}", far, flush=True)
+    dense, text, held_out, out, tokens = *sys.argv[1:4], Path(sys.argv[4]), sys.argv[5]
+    steps, batch_rows, factor = PHASES[tokens]
+    gpus, spawn = max(1, torch.cuda.device_count()), multiprocessing.get_context("spawn")
+    turns = spawn.Manager().Queue()
+    for turn in range(2 * gpus):
+        turns.put(turn % gpus)
+    pool = ProcessPoolExecutor(2 * gpus, spawn, take_gpu, (turns,))
+    work = partial(heal, dense=dense, text=text, out=out)
+
+    swept = [name for name, start in STARTS.items() if start.rate_of == name]
+    sweep = [Run(name, 64, 8, rate, 0) for name in swept for rate in RATES]
+    losses = [row["training_loss"] for row in pool.map(work, sweep)]
+    ranked = [run for _, run in sorted(zip(losses, sweep, strict=True))]
+    best = {name: next(run for run in ranked if run.start == name) for name in swept}
+    runs = sweep if tokens == "4M" else []
+    for name, start in STARTS.items():
+        rate = factor * best[start.rate_of].learning_rate
+        for seed in range(start.seeds if tokens == "4M" else start.long_seeds):
+            run = Run(name, steps, batch_rows, rate, seed)
+            runs += [run] if run not in runs else []
+    rows: list[Any] = [{"start": "dense, as it is"}, *pool.map(work, runs)]
+    checkpoints = [dense, *(str(run.folder(out) / "healed") for run in runs)]
+    shares = [checkpoints[turn :: 2 * gpus] for turn in range(2 * gpus)]
+    judged = list(pool.map(partial(judge, held_out=held_out), filter(None, shares)))
+    for number, row in enumerate(rows):
+        row |= judged[number % len(judged)][number // len(judged)]
+    pool.shutdown()
+    study = {"rates": {name: run.learning_rate for name, run in best.items()}, "runs": rows}
+    (out / f"study.{tokens}.json").write_text(json.dumps(study, indent=1) + "\n")

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import accumulate, islice
 from pathlib import Path
@@ -52,7 +52,7 @@ class Trainer:
         self.rows_of_step = rows_of_step(options, group.world_size)
         self.history: list[Step] = []
         self.watchdog = Watchdog(options)
-        self._begin_stage(0)
+        self._begin_stage(0, {})
 
     def run(self, out: Path, checkpoint: Path, on_step: Callable[[Progress], None]) -> float:
         """Train to the last step, saving state as the options say; returns the seconds it took.
@@ -65,7 +65,7 @@ class Trainer:
         rows = iter(self.rows)
         while (done := len(self.history)) < self.ends[-1]:
             if done == self.ends[self.stage]:
-                self._begin_stage(self.stage + 1)
+                self._begin_stage(self.stage + 1, self.optimizer.state)
             self.history.append(self._step(rows))
             seconds = time.perf_counter() - begun
             on_step(self._progress(seconds, first))
@@ -80,7 +80,7 @@ class Trainer:
         self.rows.load_state_dict(facts["rows"])
         self.history = [Step(**step) for step in facts["history"]]
         self.watchdog = Watchdog(self.options, self.history)
-        self._begin_stage(facts["stage"])
+        self._begin_stage(facts["stage"], {})
         self.schedule.load_state_dict(facts["schedule"])
         for name in facts["moments"]:
             weight = self.trained[name]
@@ -92,8 +92,8 @@ class Trainer:
         read_tensors(saved, self._tensors())
         restore_rng(facts, self.group)
 
-    def _begin_stage(self, number: int) -> None:
-        """A new optimiser and schedule; steps and data go on."""
+    def _begin_stage(self, number: int, moments: Mapping[Tensor, Any]) -> None:
+        """A new schedule; steps, data and ``moments`` of the weights that are trained go on."""
         self.stage = number
         stage, options = self.stages[number], self.options
         parameters = train_only(self.healing, stage.trainable)
@@ -105,6 +105,9 @@ class Trainer:
             eps=options.adam_epsilon,
             fused=True,  # else one operation after the other for each sharded weight
         )
+        for weight in parameters.values():
+            if weight in moments:
+                self.optimizer.state[weight] = moments[weight]
         self.schedule = get_wsd_schedule(
             self.optimizer,
             num_warmup_steps=stage.warmup_steps,

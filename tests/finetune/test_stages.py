@@ -71,6 +71,19 @@ def test_stages_run_one_after_the_other_and_each_measures_its_own(
     assert "model.layers.0.mlp.up_proj.weight" in changed(checkpoint, out)
 
 
+def test_a_stage_cut_in_two_is_the_same_stage(
+    hysparse: Hysparse, converted: Convert, documents_file: Path, tmp_path: Path
+) -> None:
+    whole = {"objective": "train", "steps": 6, "warmup_steps": 0, "decay_fraction": 0.0}
+    checkpoint, weights = converted(), []
+    for stages in ([whole], [whole | {"steps": 4}, whole | {"steps": 2}]):
+        out = tmp_path / f"out-{len(stages)}"
+        options = ("--recipe", recipe(tmp_path / "r.yaml", stages=stages), "--data", documents_file)
+        assert hysparse("finetune", checkpoint, out, *options).exit_code == 0
+        weights.append(load(str(out)).model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_aligning_changes_sparse_attention_alone(
     hysparse: Hysparse,
     converted: Convert,

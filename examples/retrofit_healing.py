@@ -1,0 +1,100 @@
+"""One healing of the retrofit study, and what it is judged by."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from retrofit_starts import STARTS
+from transformers import AutoConfig
+
+from hysparse_cli.convert.measure import measured
+from hysparse_cli.convert.run import execute, plan
+from hysparse_cli.evaluate import evaluate
+from hysparse_cli.finetune import finetune
+from hysparse_cli.kv_cache import kv_cache_of
+from hysparse_cli.recipe import ConvertOptions, EvalOptions, FinetuneOptions
+from hysparse_cli.source import locate
+
+ROW_TOKENS = 8192
+LENGTHS = [1024, 2048, 4096, 8192]
+MEASURES = {"sequence_tokens": 8192, "max_tokens": 400_000, "retrieval_samples": 16}
+
+
+class Run(NamedTuple):
+    """A start of retrofit_starts.py healed for ``steps`` of ``rows`` rows; ``seed`` orders them."""
+
+    start: str
+    steps: int
+    rows: int
+    learning_rate: float
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        name = f"{self.start} {self.steps} {self.learning_rate:g} {self.seed}"
+        return out / name.replace(" ", "-").replace(":", "-")
+
+
+def heal(run: Run, dense: str, text: str, out: Path) -> dict[str, Any]:
+    """Heal, unless it is done already; what the training itself shows."""
+    folder, options = run.folder(out), STARTS[run.start].options
+    if (folder / "run.json").exists():
+        return json.loads((folder / "run.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    source, teacher = dense, {}
+    if options is not None:
+        source, teacher = str(folder / "start"), {"teacher": dense}
+        planned = measured(plan(locate(dense), ConvertOptions(**options, init="copy")), quiet)
+        execute(planned, folder / "start", quiet)
+    healing = FinetuneOptions(
+        data=text,
+        stages=stages_of(run, with_teacher=options is not None),
+        learning_rate=run.learning_rate,
+        batch_size=run.rows,
+        sequence_tokens=ROW_TOKENS,
+        seed=run.seed,
+        **teacher,
+    )
+    done = finetune(source, folder / "healed", healing, quiet)
+    last = [step.next_token_loss for step in done.steps[-run.steps // 8 :]]
+    result = run._asdict() | {
+        "tokens": run.steps * run.rows * ROW_TOKENS,
+        "training_loss": sum(last) / len(last),
+        "tokens_per_second": done.tokens_per_second,
+    }
+    (folder / "run.json").write_text(json.dumps(result) + "\n")
+    print(f"{folder.name}: {done.tokens_per_second:,.0f} tokens/s", flush=True)
+    return result
+
+
+def stages_of(run: Run, with_teacher: bool) -> list[dict[str, Any]]:
+    """Three quarters with the dense model as teacher, where there is one, and one without.
+
+    The learning rate warms up for a tenth of the steps and falls over the last quarter.
+    """
+    begin, end = run.steps - run.steps // 4, run.steps // 4
+    taught = {"objective": "distill", "distill_weight": 0.5} if with_teacher else {}
+    first = {"objective": "train", "steps": begin, "warmup_steps": run.steps // 10} | taught
+    last = {"objective": "train", "steps": end, "warmup_steps": 0, "decay_fraction": 1.0}
+    return [first | {"decay_fraction": 0.0}, last]
+
+
+def judge(checkpoints: list[str], held_out: str) -> list[dict[str, Any]]:
+    """Loss, by position too, retrieval by form and length, and KV bytes at 8k of each."""
+    options = EvalOptions(data=held_out, batch_size=8, retrieval_tokens=LENGTHS, **MEASURES)
+    found = []
+    for row in evaluate(checkpoints, options).as_json()["checkpoints"]:
+        config = AutoConfig.from_pretrained(row["checkpoint"])
+        cells = [[cell["form"], cell["tokens"], cell["accuracy"]] for cell in row["retrieval"]]
+        found.append(
+            {
+                "loss": row["loss"]["nats_per_token"],
+                "loss_by_position": row["loss"]["by_position"],
+                "retrieval": cells,
+                "kv_bytes": kv_cache_of(config).total_bytes(ROW_TOKENS, 2),
+            }
+        )
+    return found
+
+
+def quiet(*progress: Any) -> None:
+    pass
