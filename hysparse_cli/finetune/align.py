@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hysparse_cli.families import family_of
 from hysparse_cli.finetune.data import Row
 from hysparse_cli.finetune.losses import LossSums, relative_error, weighted
-from hysparse_cli.logits import hidden_states
+from hysparse_cli.finetune.part import Part, Processes
 from hysparse_cli.model.config import spec_of
 
 _KEYWORD = "hysparse_align"
@@ -27,17 +27,18 @@ class Recording:
     """What the teacher's layers read and gave in one forward, and what the student made of it.
 
     inputs: each layer's hidden states. outputs: by sparse layer, its attention module's output.
-    errors: by sparse layer, the student's relative squared error. (B, T, hidden) each; (B,).
+    errors: by sparse layer, the student's relative squared error. (B, t, hidden) each; (B,).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, part: Part) -> None:
+        self.part = part
         self.inputs: list[Tensor] = []
         self.outputs: dict[int, Tensor] = {}
         self.errors: dict[int, Tensor] = {}
         self.carried: Tensor | None = None
 
 
-def align_sums(model: Any, batch: Row, teacher: Any) -> LossSums:
+def align_sums(model: Any, batch: Row, teacher: Any, processes: Processes = None) -> LossSums:
     """How far the sparse layers' attention is from the teacher's on one packed batch.
 
         align = sum over rows of n mean over sparse layers of ||o - o'||^2 / ||o'||^2
@@ -49,18 +50,19 @@ def align_sums(model: Any, batch: Row, teacher: Any) -> LossSums:
     Args:
         batch: what ``PackedRows`` yields, (B, T) each.
         teacher: the dense model; its layers correspond to ``model``'s one by one.
+        processes: that split the batch's rows, or None.
     """
     spec = spec_of(model.config)
     assert spec is not None and spec.layers.sparse_layers, "check_objectives looks before"
     sparse = spec.layers.sparse_layers
-    inputs = {"position_ids": batch["position_ids"]}
-    with torch.no_grad(), _recorded(teacher, sparse) as recording:
-        hidden_states(teacher, batch["input_ids"], **inputs)
+    part = Part(batch, processes)
+    with torch.no_grad(), _recorded(teacher, sparse, part) as recording:
+        part.last_states(teacher)
     if not getattr(model, _HOOKED, False):
         _hook(model, sparse)
         setattr(model, _HOOKED, True)
-    last = hidden_states(model, batch["input_ids"], **inputs, **{_KEYWORD: recording})
-    align = weighted(batch, [recording.errors[layer] for layer in sparse])
+    last = part.last_states(model, **{_KEYWORD: recording})
+    align = weighted(part, [recording.errors[layer] for layer in sparse])
     align = align + last[:0].float().sum()
     zero = torch.zeros_like(align)
     return LossSums(align, zero, zero, align, zero)
@@ -91,9 +93,9 @@ class _After(torch.autograd.Function):
 
 
 @contextmanager
-def _recorded(teacher: Any, sparse: Sequence[int]) -> Iterator[Recording]:
-    """Records the teacher's forwards inside."""
-    recording, handles = Recording(), []
+def _recorded(teacher: Any, sparse: Sequence[int], part: Part) -> Iterator[Recording]:
+    """Records the teacher's forwards inside, over ``part``."""
+    recording, handles = Recording(part), []
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recording.inputs.append(args[0] if args else kwargs["hidden_states"])
@@ -157,7 +159,8 @@ class _LayerHooks:
     ) -> None:
         recording: Recording | None = kwargs.get(_KEYWORD)
         if recording is not None:
-            error = relative_error(_first(output), recording.outputs[self.layer])
+            target = recording.outputs[self.layer]
+            error = relative_error(_first(output), target, recording.part)
             recording.errors.setdefault(self.layer, error)  # checkpointing comes here twice
 
     def after(

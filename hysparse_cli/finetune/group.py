@@ -17,6 +17,7 @@ from hysparse_cli.processes import is_launched, rank, world_size
 
 T = TypeVar("T")
 
+_AXES = ("steps", "rows")  # what processes share out, of a step's rows and of a row's tokens
 _LOST = (
     "another process of this run ended without a word, perhaps killed for want of host memory; "
     "where state was saved, --resume auto goes on from it"
@@ -25,12 +26,16 @@ _LOST = (
 
 @dataclass(frozen=True)
 class Group:
-    """``device`` is this process's own; ``mesh`` has one dimension, over all processes."""
+    """``device`` is this process's own; ``mesh`` has one dimension, over all processes.
+
+    ``sequence``: the processes that split their rows with this one, neighbours in rank; or None.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh
+    sequence: dist.ProcessGroup | None
 
     @property
     def is_first(self) -> bool:
@@ -57,11 +62,12 @@ class Group:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Group]:
+def joined(device: str, sequence_parallel_size: int = 1) -> Iterator[Group]:
     """The group of the processes that a launcher started with this one, or this one alone.
 
     Args:
         device: "auto", "cpu" or "cuda"; of several CUDA devices each process has its own.
+        sequence_parallel_size: how many processes split their rows; divides their number.
     Raises: OutOfResources where there are fewer devices than processes, or another process of the
         group ended without a word.
     """
@@ -78,7 +84,11 @@ def joined(device: str) -> Iterator[Group]:
     failed = True
     try:
         mesh = init_device_mesh(target.type, (world_size(),))
-        yield Group(rank(), world_size(), target, mesh)
+        sequence = None
+        if sequence_parallel_size > 1:
+            shape = (world_size() // sequence_parallel_size, sequence_parallel_size)
+            sequence = init_device_mesh(target.type, shape, mesh_dim_names=_AXES).get_group("rows")
+        yield Group(rank(), world_size(), target, mesh, sequence)
         failed = False
     except RuntimeError as error:
         if world_size() > 1 and _lost_another(error):

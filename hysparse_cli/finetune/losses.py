@@ -11,13 +11,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hysparse_cli.finetune.data import IGNORED, Row
-from hysparse_cli.logits import hidden_states, layer_states, logits_of
+from hysparse_cli.finetune.part import Part, Processes
+from hysparse_cli.logits import logits_of
 
 CHUNK_LOGITS = 1 << 25  # logits of one chunk: 128 MiB in float32, a few times that while computed
 
 
 class LossSums(NamedTuple):
     """Sums over a batch's targets, float32 scalars; 0 where not measured.
+
+    Where processes split a batch's rows, each has a part of every sum.
 
     total: what is minimised. next_token: nats. distill: nats of KL(teacher || model). align and
     hidden: relative squared errors, each taken once for every target.
@@ -35,16 +38,23 @@ def count_targets(batch: Row) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-def next_token_sums(model: Any, batch: Row) -> LossSums:
+def next_token_sums(model: Any, batch: Row, processes: Processes = None) -> LossSums:
     """-sum log p(x_t+1) over the targets of a packed batch, (B, T) each."""
-    last = hidden_states(model, batch["input_ids"], position_ids=batch["position_ids"])
-    next_token, distill = _chunked_sums(model, last, batch, None, None).unbind()
+    part = Part(batch, processes)
+    last = part.last_states(model)
+    next_token, distill = _chunked_sums(model, last, part, None, None).unbind()
     zero = torch.zeros_like(next_token)
     return LossSums(next_token, next_token, distill, zero, zero)
 
 
 def distill_sums(
-    model: Any, batch: Row, teacher: Any, *, distill_weight: float, hidden_weight: float
+    model: Any,
+    batch: Row,
+    teacher: Any,
+    processes: Processes = None,
+    *,
+    distill_weight: float,
+    hidden_weight: float,
 ) -> LossSums:
     """What makes the model more like its teacher on one packed batch.
 
@@ -59,20 +69,21 @@ def distill_sums(
     Args:
         batch: what ``PackedRows`` yields, (B, T) each.
         teacher: gives q, and h' after each decoder layer (after the last: normalised).
+        processes: that split the batch's rows, or None.
     """
-    each_layer = hidden_weight > 0
-    states = _states(model, batch, each_layer)
+    part, each_layer = Part(batch, processes), hidden_weight > 0
+    states = _states(model, part, each_layer)
     with torch.no_grad():
-        targets = _states(teacher, batch, each_layer)
-    sums = _chunked_sums(model, states[-1], batch, teacher, targets[-1])
+        targets = _states(teacher, part, each_layer)
+    sums = _chunked_sums(model, states[-1], part, teacher, targets[-1])
     next_token, distill = sums.unbind()
     total = (1 - distill_weight) * next_token + distill_weight * distill
     hidden = torch.zeros_like(total)
     if hidden_weight:
         hidden = weighted(
-            batch,
+            part,
             [
-                checkpoint(relative_error, state, target, use_reentrant=False)
+                checkpoint(relative_error, state, target, part, use_reentrant=False)
                 for state, target in zip(states, targets, strict=True)
             ],
         )
@@ -80,51 +91,47 @@ def distill_sums(
     return LossSums(total, next_token, distill, torch.zeros_like(total), hidden)
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """(B,) ||output - target||^2 / ||target||^2 of each row of (B, T, hidden), in float32.
+def relative_error(output: Tensor, target: Tensor, part: Part) -> Tensor:
+    """(B,) ||output - target||^2 / ||target||^2 of each row of (B, t, hidden), in float32.
 
-    ``target`` has no gradient.
+    ``target`` has no gradient. Its norm is the whole row's, the error that of ``part``.
     """
     target = target.detach().float()
     smallest = torch.finfo(torch.float32).tiny
-    norms = target.square().sum((1, 2)).clamp_min(smallest)
+    norms = part.total(target.square().sum((1, 2))).clamp_min(smallest)
     return (output.float() - target).square().sum((1, 2)) / norms
 
 
-def weighted(batch: Row, errors: Sequence[Tensor]) -> Tensor:
+def weighted(part: Part, errors: Sequence[Tensor]) -> Tensor:
     """The mean of ``errors``, (B,) each, times each row's number of targets, summed."""
-    num_targets = (batch["labels"][:, 1:] != IGNORED).sum(1)  # [B]
-    return (num_targets * torch.stack(list(errors)).mean(0)).sum()
+    return (part.num_targets * torch.stack(list(errors)).mean(0)).sum()
 
 
-def _states(model: Any, batch: Row, each_layer: bool) -> list[Tensor]:
-    """(B, T, hidden) after each decoder layer, or after the last alone."""
-    ids, positions = batch["input_ids"], batch["position_ids"]
-    if each_layer:
-        return layer_states(model, ids, position_ids=positions)
-    return [hidden_states(model, ids, position_ids=positions)]
+def _states(model: Any, part: Part, each_layer: bool) -> list[Tensor]:
+    """(B, t, hidden) after each decoder layer, or after the last alone."""
+    return part.states(model) if each_layer else [part.last_states(model)]
 
 
 def _chunked_sums(
-    model: Any, states: Tensor, batch: Row, teacher: Any, teacher_states: Tensor | None
+    model: Any, states: Tensor, part: Part, teacher: Any, teacher_states: Tensor | None
 ) -> Tensor:
-    """(2,): the sums of next_token and distill; states are (B, T, hidden)."""
-    kept = batch["labels"][:, 1:] != IGNORED
-    targets = batch["labels"][:, 1:][kept]  # [N]
-    hidden = states[:, :-1][kept]  # [N, hidden]
-    teacher_hidden = None if teacher_states is None else teacher_states[:, :-1][kept]
+    """(2,): the sums of next_token and distill; states are (B, t, hidden)."""
+    kept = part.targets != IGNORED
+    targets = part.targets[kept]  # [N]
+    hidden = states[kept]  # [N, hidden]
+    teacher_hidden = None if teacher_states is None else teacher_states[kept]
     chunk = max(1, CHUNK_LOGITS // model.config.vocab_size)
     nothing = hidden[:0].float().sum()  # 0, yet with a gradient where there are no targets
     total = torch.stack((nothing, nothing))
     for begin in range(0, len(targets), chunk):
-        part = slice(begin, begin + chunk)
+        these = slice(begin, begin + chunk)
         total = total + checkpoint(
             _chunk_sums,
             model,
-            hidden[part],
-            targets[part],
+            hidden[these],
+            targets[these],
             teacher,
-            None if teacher_hidden is None else teacher_hidden[part],
+            None if teacher_hidden is None else teacher_hidden[these],
             use_reentrant=False,
         )
     return total

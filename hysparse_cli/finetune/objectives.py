@@ -7,23 +7,30 @@ from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.finetune.align import align_sums
 from hysparse_cli.finetune.data import Row
 from hysparse_cli.finetune.losses import LossSums, distill_sums, next_token_sums
+from hysparse_cli.finetune.part import Processes
 from hysparse_cli.model.config import spec_of
 from hysparse_cli.recipe.finetune import Stage
 
-Objective = Callable[[Any, Row, Any | None, Stage], LossSums]
+Objective = Callable[..., LossSums]  # of model, batch, teacher, stage, processes
 
 
-def _align(model: Any, batch: Row, teacher: Any | None, stage: Stage) -> LossSums:
-    return align_sums(model, batch, teacher)
+def _align(
+    model: Any, batch: Row, teacher: Any | None, stage: Stage, processes: Processes = None
+) -> LossSums:
+    return align_sums(model, batch, teacher, processes)
 
 
-def _distill(model: Any, batch: Row, teacher: Any | None, stage: Stage) -> LossSums:
+def _distill(
+    model: Any, batch: Row, teacher: Any | None, stage: Stage, processes: Processes = None
+) -> LossSums:
     weights = {"distill_weight": stage.distill_weight, "hidden_weight": stage.hidden_weight}
-    return distill_sums(model, batch, teacher, **weights)
+    return distill_sums(model, batch, teacher, processes, **weights)
 
 
-def _train(model: Any, batch: Row, teacher: Any | None, stage: Stage) -> LossSums:
-    return next_token_sums(model, batch)
+def _train(
+    model: Any, batch: Row, teacher: Any | None, stage: Stage, processes: Processes = None
+) -> LossSums:
+    return next_token_sums(model, batch, processes)
 
 
 OBJECTIVES: dict[str, Objective] = {"align": _align, "distill": _distill, "train": _train}

@@ -17,6 +17,7 @@ from hysparse_cli.finetune.objectives import check_objectives
 from hysparse_cli.finetune.output import write_checkpoint
 from hysparse_cli.finetune.result import FinetuneResult, Progress
 from hysparse_cli.finetune.scalars import check_package, scalars
+from hysparse_cli.finetune.sequence import split_rows
 from hysparse_cli.finetune.sharding import sharded, whole
 from hysparse_cli.finetune.share import rows_of_step
 from hysparse_cli.finetune.state import begin_or_resume, read_facts, remove_state, saved_state
@@ -48,8 +49,8 @@ def finetune(
     _check_processes(options)
     check_package(options.log_to)
     check_peft(options)
-    with joined(options.device) as group, _interruptible(out):
-        rows_of_step(options, group.world_size)
+    rows_of_step(options, world_size())
+    with joined(options.device, options.sequence_parallel_size) as group, _interruptible(out):
         saved = group.from_first(_prepare(out, source, options) if group.is_first else None)
         with out_of_memory_is(_out_of_memory(options)):
             trainer, result = _train(checkpoint, out, source, options, saved, group, on_step)
@@ -77,6 +78,11 @@ def _train(
     facts = read_facts(saved, source, options) if saved is not None else None
     torch.manual_seed(options.seed + group.rank)
     loaded, teacher = _load_models(checkpoint, options)
+    if options.sequence_parallel_size > 1:
+        split_rows(loaded.model, checkpoint, options.sequence_parallel_size, trained=True)
+        if teacher is not None:
+            teacher_name, size = str(options.teacher), options.sequence_parallel_size
+            split_rows(teacher, teacher_name, size, trained=False)
     if options.lora_rank is not None:
         add_adapters(loaded.model, options)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
@@ -241,5 +247,9 @@ def _out_of_memory(options: FinetuneOptions) -> str:
         remedies.append("dtype: bfloat16")
     if options.trainable == "all":
         remedies.append("trainable: attention or new")
+    remedies.append(
+        f"sequence_parallel_size above {options.sequence_parallel_size} (processes that split each "
+        "row's tokens, up to the number of KV heads)"
+    )
     remedies.append(f"sequence_tokens below {options.sequence_tokens}")
     return f"out of memory; what helps, most first: {', '.join(remedies)}"

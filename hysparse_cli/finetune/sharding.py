@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from hysparse_cli.finetune.data import Row
 from hysparse_cli.finetune.group import Group
 from hysparse_cli.finetune.objectives import OBJECTIVES
+from hysparse_cli.finetune.part import Processes
 from hysparse_cli.finetune.weights import select_trainable
 from hysparse_cli.recipe.finetune import Stage
 
@@ -25,15 +26,17 @@ class Healing(nn.Module):
 
     An objective calls the decoder and the head of a model by themselves (logits.py), so that the
     model can't be the root: embeddings, the last norm and the head must be there for all of it.
+    ``processes`` are those that split their rows with this one.
     """
 
-    def __init__(self, model: Any, teacher: Any | None):
+    def __init__(self, model: Any, teacher: Any | None, processes: Processes):
         super().__init__()
-        self.model, self.teacher = model, teacher
+        self.model, self.teacher, self.processes = model, teacher, processes
 
     def forward(self, batch: Row, stage: Stage) -> tuple[Tensor, Tensor]:
         """What is minimised, a scalar, and the ``LossSums`` as (5,) without gradient."""
-        sums = OBJECTIVES[stage.objective](self.model, batch, self.teacher, stage)
+        objective = OBJECTIVES[stage.objective]
+        sums = objective(self.model, batch, self.teacher, stage, self.processes)
         return sums.total.clone(), torch.stack([part.detach() for part in sums])
 
 
@@ -55,7 +58,7 @@ def sharded(model: Any, teacher: Any | None, trained: Iterable[str], group: Grou
     )
     names = set(trained)
     masters = {parameter for name, parameter in model.named_parameters() if name in names}
-    healing = Healing(model, teacher)
+    healing = Healing(model, teacher, group.sequence)
     alone: set[nn.Parameter] = set()
     if teacher is not None and group.world_size == 1:
         alone = set(teacher.to(group.device).parameters())

@@ -31,6 +31,7 @@ _MAY_CHANGE = {
     "device",
     "log_to",
     "nproc_per_node",
+    "sequence_parallel_size",
     "stop_when_rising_steps",
 }
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

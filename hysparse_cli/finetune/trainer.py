@@ -126,7 +126,9 @@ class Trainer:
                 "that nothing can be predicted: give longer documents"
             )
         sums = torch.zeros(5, device=group.device)
-        for batch in own_batches(rows, group.rank, group.world_size, self.options.batch_size):
+        size = self.options.sequence_parallel_size
+        reader, readers = group.rank // size, group.world_size // size
+        for batch in own_batches(rows, reader, readers, self.options.batch_size):
             sums += self._backward(batch, stage, group.world_size / tokens)
         found = group.gathered(torch.cat((sums.double(), self._peak_memory())))
         loss, next_token, distill, align, hidden = (found[:, :-1].sum(0) / tokens).tolist()

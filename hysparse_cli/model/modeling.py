@@ -116,6 +116,9 @@ class StateHook:
         inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
+        positions = kwargs.get("position_ids")
+        if (rows := kwargs.get("hysparse_rows")) is not None:  # split over processes: see split.py
+            inputs = positions = rows.position_ids
         # generate with a static cache hands a dict of masks, which not every decoder takes
         kwargs["attention_mask"] = padding_mask(kwargs.get("attention_mask"))
         variation = kwargs.pop("hysparse_variation", None)
@@ -123,7 +126,7 @@ class StateHook:
             self.spec if variation is None else variation.spec,
             inputs,
             kwargs["attention_mask"],
-            kwargs.get("position_ids"),
+            positions,
             kwargs.get("past_key_values"),
             kwargs.pop("hysparse_observer", None),
             variation,

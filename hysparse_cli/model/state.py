@@ -144,7 +144,7 @@ def forward_state(
     if mask is not None:
         first, mask = _from_mask(mask.to(device), num_keys, T)
     elif position_ids is not None and past_key_values is None:
-        first = _document_starts(position_ids)
+        first = document_starts(position_ids)
     plain = first is None and mask is None
     diagonal = offset if plain and not isinstance(offset, Tensor) else None
     whole = KeyRange(first, last, mask, diagonal)
@@ -169,7 +169,7 @@ def _from_mask(
     return first.expand(-1, num_queries), remaining
 
 
-def _document_starts(position_ids: Tensor) -> Tensor | None:
+def document_starts(position_ids: Tensor) -> Tensor | None:
     """(B, T) slot of the first token of each query's document; None where none is packed."""
     slots = torch.arange(position_ids.shape[1], device=position_ids.device)
     restarts = torch.zeros_like(position_ids, dtype=torch.bool)

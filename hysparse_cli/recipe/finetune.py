@@ -100,7 +100,8 @@ class FinetuneOptions(Section):
 
     State is saved in OUT.state every ``save_every_steps`` steps; ``resume`` is "auto" (from there
     if there is any, else from the start) or a state's folder. ``log_to`` writes scalars to OUT.logs
-    or W&B. ``nproc_per_node`` processes share each step's rows.
+    or W&B. ``nproc_per_node`` processes share each step's rows; with ``sequence_parallel_size`` so
+    many of them split the tokens of each row, and the KV heads in attention.
     """
 
     data: str | None = None
@@ -133,6 +134,7 @@ class FinetuneOptions(Section):
     resume: str | None = None
     log_to: Literal["tensorboard", "wandb"] | None = None
     nproc_per_node: Positive | None = None
+    sequence_parallel_size: Positive = 1
     dtype: Dtype = "auto"
     device: Device = "auto"
     seed: int = 0
@@ -177,6 +179,11 @@ class FinetuneOptions(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "FinetuneOptions":
         problems = self._lora_problems()
+        if self.sequence_tokens % self.sequence_parallel_size:
+            problems.append(
+                f"sequence_tokens {self.sequence_tokens} can't be split evenly by "
+                f"sequence_parallel_size {self.sequence_parallel_size}: make it a multiple"
+            )
         if self.stages and 0 in self._lengths():
             problems.append(f"steps {self.steps} are too few for {len(self.stages)} stages")
         else:

@@ -123,6 +123,30 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(
     assert [path.name for path in kept.iterdir()] == ["step-000000004"]
 
 
+def test_two_processes_train_the_same_adapters_as_one(
+    converted: Convert, documents_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    options = FinetuneOptions(
+        data=str(documents_file),
+        steps=9,
+        batch_size=2,
+        sequence_tokens=24,
+        shuffle_rows=8,
+        learning_rate=1e-2,
+        trainable="attention",
+        lora_rank=4,
+    )
+    checkpoint, out = converted(), tmp_path / "out"
+    whole = finetune(str(checkpoint), tmp_path / "whole", options, lambda now: None)
+    command = ("-m", "hysparse_cli", "finetune", checkpoint, out, *arguments(options), "--json")
+    run = start("torch.distributed.run", "--standalone", "--nproc-per-node=2", *command)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert (result["num_processes"], result["num_trained"]) == (2, whole.num_trained)
+    assert_same_run(result, out, whole)
+
+
 def test_processes_share_the_rows_of_a_step() -> None:
     step = [{"input_ids": torch.tensor([number])} for number in range(12)]
 

@@ -1,5 +1,6 @@
 """What a run shows and logs on its way."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,26 @@ def test_tensorboard_reads_every_step(
     assert names <= set(written.Tags()["scalars"])
     assert [event.step for event in written.Scalars("loss")] == [1, 2, 3, 4]
     assert all(3 < event.value < 5 for event in written.Scalars("loss"))
+
+
+@pytest.mark.filterwarnings("ignore")  # wandb's own
+def test_wandb_keeps_every_step_offline(
+    hysparse: Hysparse,
+    tiny_original: Path,
+    documents_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    flags = ("--data", documents_file, "--steps=4", "--batch-size=2", "--sequence-tokens=16")
+    run = hysparse("finetune", tiny_original, tmp_path / "out", *flags, "--log-to=wandb", "--json")
+    assert run.exit_code == 0, run.stderr
+    assert json.loads(run.stdout)["steps"][3]["number"] == 4
+    (file,) = tmp_path.glob("out.logs/wandb/offline-run-*/run-*.wandb")
+    written = file.read_bytes()
+    assert written.count(b"peak_memory_bytes") >= 4
+    assert b"next_token_loss" in written and b"sequence_tokens" in written
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,141 @@
+"""Attention over rows whose tokens are split over processes (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+Outside attention a process has its share of each row's tokens, with all heads. For attention an
+all-to-all gives it all tokens of its share of the heads, and a second one takes the output back.
+Selection is per KV head, so that a full layer's lists, and the keys and values it serves, stay
+where they are: what HySparse's attention does with whole rows it does here with fewer heads.
+
+Shape suffixes: B rows, T tokens of a row, t those of a process, H heads of any kind, h those of a
+process, D head dim.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
+
+from hysparse_cli.model.attention import hysparse_attention
+from hysparse_cli.model.state import ForwardState, document_starts
+from hysparse_kernels import KeyRange, causal, full_attention, sliding_window_attention
+
+SPLIT = "hysparse_split"
+
+
+class SplitRows:
+    """Rows of packed documents, each split over ``processes``: the first T / P tokens and so on.
+
+    Args:
+        position_ids: (B, T) of the whole rows, the same in each process; T a multiple of P.
+    """
+
+    def __init__(self, position_ids: Tensor, processes: dist.ProcessGroup):
+        self.position_ids, self.processes = position_ids, processes
+        self.rank, self.num_shares = processes.rank(), processes.size()
+        every = causal(position_ids.shape[1], position_ids.shape[1], position_ids.device)
+        first = document_starts(position_ids)
+        self.key_range = every if first is None else KeyRange(first, every.last)
+
+    def share(self, whole: Tensor, dim: int) -> Tensor:
+        """This process's part of ``whole`` along ``dim``: of its tokens, or of its heads."""
+        return whole.chunk(self.num_shares, dim)[self.rank]
+
+    def total(self, partial: Tensor) -> Tensor:
+        """The sum over the processes of what each found in its tokens; no gradient goes through."""
+        summed = partial.detach().clone()
+        dist.all_reduce(summed, group=self.processes)
+        return summed
+
+    def exchange(self, x: Tensor, *, split: int, join: int) -> Tensor:
+        """Give each process a part of dimension ``split``, and get all parts of ``join`` for it."""
+        parts = torch.stack(x.chunk(self.num_shares, split))
+        received: Tensor = _AllToAll.apply(parts, self.processes)  # type: ignore[no-untyped-call]
+        return received.movedim(0, join).flatten(join, join + 1)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Part p of dimension 0 goes to process p, whose own part comes to p's place."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, processes: dist.ProcessGroup) -> Tensor:
+        ctx.processes = processes
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=processes)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        returned = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(returned, gradient.contiguous(), group=ctx.processes)
+        return returned, None
+
+
+def split_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    hysparse_rows: SplitRows,
+    hysparse: ForwardState | None = None,
+    s_aux: Tensor | None = None,
+    branches: tuple[Tensor | None, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for models, dense or HySparse, that see split rows.
+
+    It has no mask function of its own, so that transformers makes no mask: which keys a query sees
+    is in ``hysparse_rows``, or in a HySparse forward's state, which is of the whole rows.
+
+    Args:
+        query: (B, H, t, D), rotated by its place in the whole row; key, value: likewise.
+        hysparse, s_aux, branches, kwargs: as for ``hysparse_attention``, of all heads and the
+            process's tokens.
+    Returns: (B, t, H, Dv), and no attention weights.
+    """
+    rows, dtype = hysparse_rows, value.dtype
+    q, k, v = (rows.exchange(x.to(dtype), split=1, join=2) for x in (query, key, value))
+    sinks = None if s_aux is None else rows.share(s_aux, 0)
+    if hysparse is None:
+        out = _dense_attention(q, k, v, sinks, rows.key_range, **kwargs)
+    else:
+        if branches is not None:
+            gate_logits, own = branches
+            if gate_logits is not None:
+                gate_logits = rows.exchange(gate_logits, split=2, join=1)
+            branches = gate_logits, rows.share(own, 0)
+        options = {"hysparse": hysparse, "s_aux": sinks, "branches": branches, **kwargs}
+        out, _ = hysparse_attention(module, q, k, v, None, **options)
+    return rows.exchange(out, split=1, join=2), None
+
+
+def _dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    key_range: KeyRange,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """q: (B, h, T, D) -> (B, T, h, Dv)."""
+    assert not dropout, "refused before"
+    by_token = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    options: dict[str, Any] = {
+        "key_range": key_range,
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": sinks,
+    }
+    if sliding_window is not None:
+        return sliding_window_attention(*by_token, window_tokens=sliding_window, **options).out
+    return full_attention(*by_token, **options).out
+
+
+AttentionInterface.register(SPLIT, split_attention)
