@@ -1,14 +1,11 @@
 """Retrofits of novels-25m, healed on the same tokens, beside the dense model and hybrid SWA.
 
     python examples/21_retrofit_study.py novels-25m healing.jsonl.xz held-out.jsonl.xz out 4M
-    python examples/21_retrofit_study.py novels-25m healing.jsonl.xz held-out.jsonl.xz out 21M
 
-The first heals with 4M tokens, 1% of the pretraining's, at three learning rates; the one with the
-least training loss over the last eighth of the steps, of tokens that are new to it, is taken for
-more seeds (orders of the text). The second heals with 21M tokens, half as many a step; the learning
-rate goes with the root of that. All are evaluated on held-out text (out/study.4M.json, ...). Two
-runs at a time on each GPU; none is made twice.
-"""
+heals with 4M tokens, 1% of the pretraining's, at three learning rates; the one with the least loss
+over the last eighth of the steps, of tokens that are new to it, is taken for more seeds. 21M heals
+with five times as many, half of them a step, and the rate goes with the root of that. All are
+evaluated on held-out text (out/study.4M.json). Each GPU makes two runs at a time; none twice."""
 
 import json
 import multiprocessing

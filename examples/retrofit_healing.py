@@ -34,25 +34,29 @@ class Run(NamedTuple):
         return out / name.replace(" ", "-").replace(":", "-")
 
 
-def heal(run: Run, dense: str, text: str, out: Path) -> dict[str, Any]:
-    """Heal, unless it is done already; what the training itself shows."""
+def heal(run: Run, dense: str, text: str, out: Path, teacher: str | None = None) -> dict[str, Any]:
+    """Heal, unless it is done already; what the training itself shows.
+
+    ``teacher`` is one to follow to the end; without it a start is taught by ``dense`` for a while.
+    """
     folder, options = run.folder(out), STARTS[run.start].options
     if (folder / "run.json").exists():
         return json.loads((folder / "run.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    source, teacher = dense, {}
+    source, stages, taught_by = dense, alone(run), None
     if options is not None:
-        source, teacher = str(folder / "start"), {"teacher": dense}
+        source, taught_by = str(folder / "start"), teacher or dense
+        stages = taught(run) if teacher else taught_first(run)
         planned = measured(plan(locate(dense), ConvertOptions(**options, init="copy")), quiet)
         execute(planned, folder / "start", quiet)
     healing = FinetuneOptions(
         data=text,
-        stages=stages_of(run, with_teacher=options is not None),
+        stages=stages,
+        teacher=taught_by,
         learning_rate=run.learning_rate,
         batch_size=run.rows,
         sequence_tokens=ROW_TOKENS,
         seed=run.seed,
-        **teacher,
     )
     done = finetune(source, folder / "healed", healing, quiet)
     last = [step.next_token_loss for step in done.steps[-run.steps // 8 :]]
@@ -66,16 +70,31 @@ def heal(run: Run, dense: str, text: str, out: Path) -> dict[str, Any]:
     return result
 
 
-def stages_of(run: Run, with_teacher: bool) -> list[dict[str, Any]]:
-    """Three quarters with the dense model as teacher, where there is one, and one without.
+# Everywhere the learning rate warms up for a tenth of the steps and falls over the last quarter.
 
-    The learning rate warms up for a tenth of the steps and falls over the last quarter.
-    """
-    begin, end = run.steps - run.steps // 4, run.steps // 4
-    taught = {"objective": "distill", "distill_weight": 0.5} if with_teacher else {}
-    first = {"objective": "train", "steps": begin, "warmup_steps": run.steps // 10} | taught
-    last = {"objective": "train", "steps": end, "warmup_steps": 0, "decay_fraction": 1.0}
-    return [first | {"decay_fraction": 0.0}, last]
+
+def alone(run: Run) -> list[dict[str, Any]]:
+    """Next-token loss."""
+    warmup = run.steps // 10
+    return [stage("train", run.steps, warmup_steps=warmup, decay_fraction=0.25)]
+
+
+def taught(run: Run) -> list[dict[str, Any]]:
+    """Distillation."""
+    warmup = run.steps // 10
+    return [stage("distill", run.steps, warmup_steps=warmup, decay_fraction=0.25)]
+
+
+def taught_first(run: Run) -> list[dict[str, Any]]:
+    """Distillation and next-token loss, half each, and in the last quarter the latter alone."""
+    warmup, end = run.steps // 10, run.steps // 4
+    both = {"distill_weight": 0.5, "warmup_steps": warmup, "decay_fraction": 0.0}
+    last = stage("train", end, warmup_steps=0, decay_fraction=1.0)
+    return [stage("distill", run.steps - end, **both), last]
+
+
+def stage(objective: str, steps: int, **options: Any) -> dict[str, Any]:
+    return {"objective": objective, "steps": steps} | options
 
 
 def judge(checkpoints: list[str], held_out: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from hysparse_cli.finetune.objectives import check_objectives
 from hysparse_cli.finetune.output import write_checkpoint
 from hysparse_cli.finetune.result import FinetuneResult, Progress
 from hysparse_cli.finetune.scalars import check_package, scalars
-from hysparse_cli.finetune.sequence import split_rows
+from hysparse_cli.finetune.sequence import prepare_rows
 from hysparse_cli.finetune.sharding import sharded, whole
 from hysparse_cli.finetune.share import rows_of_step
 from hysparse_cli.finetune.state import begin_or_resume, read_facts, remove_state, saved_state
@@ -78,11 +78,9 @@ def _train(
     facts = read_facts(saved, source, options) if saved is not None else None
     torch.manual_seed(options.seed + group.rank)
     loaded, teacher = _load_models(checkpoint, options)
-    if options.sequence_parallel_size > 1:
-        split_rows(loaded.model, checkpoint, options.sequence_parallel_size, trained=True)
-        if teacher is not None:
-            teacher_name, size = str(options.teacher), options.sequence_parallel_size
-            split_rows(teacher, teacher_name, size, trained=False)
+    prepare_rows(loaded.model, checkpoint, options.sequence_parallel_size, trained=True)
+    if teacher is not None:
+        prepare_rows(teacher, str(options.teacher), options.sequence_parallel_size, trained=False)
     if options.lora_rank is not None:
         add_adapters(loaded.model, options)
     dtype = str(loaded.model.dtype).removeprefix("torch.")

@@ -5,9 +5,18 @@ from typing import Any
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.families import family_of
 from hysparse_cli.kv_cache import kv_cache_of
+from hysparse_cli.model.config import spec_of
 from hysparse_cli.model.split import SPLIT
 
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
+_SEES_OTHER_DOCUMENTS = ("gpt_oss",)  # transformers makes its mask without position_ids
+
+
+def prepare_rows(model: Any, name: str, num_processes: int, *, trained: bool) -> None:
+    """``split_rows`` where several processes split them, or a dense model can't tell documents."""
+    dense = spec_of(model.config) is None
+    if num_processes > 1 or (dense and model.config.model_type in _SEES_OTHER_DOCUMENTS):
+        split_rows(model, name, num_processes, trained=trained)
 
 
 def split_rows(model: Any, name: str, num_processes: int, *, trained: bool) -> None:

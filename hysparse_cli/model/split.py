@@ -9,6 +9,7 @@ Shape suffixes: B rows, T tokens of a row, t those of a process, H heads of any 
 process, D head dim.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,14 +29,22 @@ class SplitRows:
 
     Args:
         position_ids: (B, T) of the whole rows, the same in each process; T a multiple of P.
+        processes: None is this one alone.
     """
 
-    def __init__(self, position_ids: Tensor, processes: dist.ProcessGroup):
+    def __init__(self, position_ids: Tensor, processes: dist.ProcessGroup | None):
         self.position_ids, self.processes = position_ids, processes
-        self.rank, self.num_shares = processes.rank(), processes.size()
-        every = causal(position_ids.shape[1], position_ids.shape[1], position_ids.device)
-        first = document_starts(position_ids)
-        self.key_range = every if first is None else KeyRange(first, every.last)
+        self.rank, self.num_shares = 0, 1
+        if processes is not None:
+            self.rank, self.num_shares = processes.rank(), processes.size()
+
+    @cached_property
+    def key_range(self) -> KeyRange:
+        """The keys that each query of the whole rows sees."""
+        length = self.position_ids.shape[1]
+        every = causal(length, length, self.position_ids.device)
+        first = document_starts(self.position_ids)
+        return every if first is None else KeyRange(first, every.last)
 
     def share(self, whole: Tensor, dim: int) -> Tensor:
         """This process's part of ``whole`` along ``dim``: of its tokens, or of its heads."""
@@ -43,12 +52,16 @@ class SplitRows:
 
     def total(self, partial: Tensor) -> Tensor:
         """The sum over the processes of what each found in its tokens; no gradient goes through."""
+        if self.processes is None:
+            return partial
         summed = partial.detach().clone()
         dist.all_reduce(summed, group=self.processes)
         return summed
 
     def exchange(self, x: Tensor, *, split: int, join: int) -> Tensor:
         """Give each process a part of dimension ``split``, and get all parts of ``join`` for it."""
+        if self.processes is None:
+            return x
         parts = torch.stack(x.chunk(self.num_shares, split))
         received: Tensor = _AllToAll.apply(parts, self.processes)  # type: ignore[no-untyped-call]
         return received.movedim(0, join).flatten(join, join + 1)

@@ -8,11 +8,14 @@ import pytest
 
 from hysparse_cli.errors import Interrupted, InvalidRecipe, UnsupportedModel
 from hysparse_cli.finetune import finetune
+from hysparse_cli.finetune.data import Row
+from hysparse_cli.finetune.losses import next_token_sums
 from hysparse_cli.finetune.result import Progress
-from hysparse_cli.finetune.sequence import split_rows
+from hysparse_cli.finetune.sequence import prepare_rows, split_rows
 from hysparse_cli.finetune.share import rows_of_step
 from hysparse_cli.recipe import FinetuneOptions
 from tests.conftest import Hysparse
+from tests.finetune import split_families
 from tests.finetune.conftest import Convert
 from tests.finetune.test_processes import assert_same_run, start
 from tests.finetune.test_resume import arguments
@@ -66,6 +69,19 @@ def test_packed_documents_of_split_rows_are_as_alone_in_all_kinds_of_families() 
     apart = json.loads(run.stdout)
     assert set(apart) == {f"{family} {kind}" for family in KINDS for kind in ("dense", "hysparse")}
     assert max(apart.values()) < 1e-5, apart  # losses and logits are float32
+
+
+def test_packed_documents_are_as_alone_where_transformers_mixes_them() -> None:
+    mixed = split_families.dense_model("gpt_oss")
+    batch = split_families.packed()
+    expected = next_token_total(mixed, split_families.alone(batch))
+    assert next_token_total(mixed, [batch]) != pytest.approx(expected, rel=1e-4)
+    prepare_rows(mixed, "tiny", 1, trained=True)
+    assert next_token_total(mixed, [batch]) == pytest.approx(expected, rel=1e-6)
+
+
+def next_token_total(model: Any, batches: list[Row]) -> float:
+    return sum(next_token_sums(model, batch).total.item() for batch in batches)
 
 
 def test_what_processes_cannot_split_is_refused(
