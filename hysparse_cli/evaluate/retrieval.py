@@ -170,12 +170,12 @@ def _value(rng: random.Random) -> str:
 
 
 def too_short(task: Task, needed: int) -> InvalidRecipe:
-    """What to raise where ``task`` needs about ``needed`` tokens and has fewer."""
+    """What to raise where ``task`` needs ``needed`` tokens as drawn, and others of it may more."""
     amount = remedy = ""
     if task.form not in ("single-needle", "variable-tracking", "common-words", "frequent-words"):
         amount = f" with {task.facts} facts and {task.questions} questions"
         remedy = ", or fewer facts (eval.retrieval_facts) and questions (eval.retrieval_questions)"
     return InvalidRecipe(
         f"retrieval_tokens {task.tokens} is too short for the {task.form} form{amount}: give at "
-        f"least about {needed}{remedy}"
+        f"least about {needed + needed // 8}{remedy}"
     )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 HOPS = 4
 COMMON_WORDS, COMMON_TO_RARE = 10, 10
 ZETA_2 = 1.6449340668482264
+SIZINGS = 5  # at most, to find how long a list fits
 
 NEEDLE = WORDINGS["magic-number"]
 SEVERAL = (
@@ -168,24 +169,28 @@ def _longest(
     Raises: InvalidRecipe where none does.
     """
 
-    def needed(parts: _Parts) -> int:
+    seed = rng.random()  # the same at each size: its words begin with those of a smaller one
+
+    def made(kind: _List, size: int) -> tuple[_Parts, int]:
+        parts = kind.parts(size, random.Random(seed))
         text = len(encode(tokenizer, parts.end).ids)
-        return text + _room(parts, tokenizer) + 4 * MIN_SPARE
+        return parts, text + _room(parts, tokenizer) + 4 * MIN_SPARE
 
     for kind in lists:
-        shortest = kind.parts(kind.least, rng)
-        tokens = needed(shortest)
-        if tokens > task.tokens:
+        best, least_tokens = made(kind, kind.least)
+        if least_tokens > task.tokens:
             continue
-        each = max(1, needed(kind.parts(2 * kind.least, rng)) - tokens) / kind.least
-        size = kind.least + int((task.tokens - tokens) / each)
-        while size > kind.least:
-            parts = kind.parts(size, rng)
-            if needed(parts) <= task.tokens:
-                return parts
-            size = int(0.97 * size)
-        return shortest
-    raise too_short(task, tokens)
+        size = 2 * kind.least
+        for _ in range(SIZINGS):
+            parts, tokens = made(kind, size)
+            if tokens <= task.tokens:
+                best = parts
+                if tokens >= 0.95 * task.tokens:
+                    break
+            each = max(1, tokens - least_tokens) / (size - kind.least)
+            size = kind.least + max(1, int(0.98 * (task.tokens - least_tokens) / each))
+        return best
+    raise too_short(task, least_tokens)
 
 
 def _one_of(facts: int, rng: random.Random) -> _Parts:
