@@ -9,6 +9,7 @@ from typing import Any
 
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.evaluate.paired import Sample
+from hysparse_cli.evaluate.state import file_as_it_is
 from hysparse_cli.loading import Loaded
 from hysparse_cli.recipe import EvalOptions
 
@@ -60,6 +61,19 @@ class Harness:
             raise InvalidRecipe(
                 f"lm_eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists those it has"
             )
+
+    def depends_on(self) -> dict[str, Any]:
+        """What the scores depend on besides the task's name and the checkpoint."""
+        from importlib.metadata import version
+
+        folder = self.options.lm_eval_folder
+        files = [] if folder is None else sorted(Path(folder).rglob("*.*"))
+        return {
+            "lm_eval": version("lm_eval"),
+            "tokens": self.options.retrieval_tokens,
+            "limit": self.options.lm_eval_limit,
+            "folder": [file_as_it_is(path) for path in files],
+        }
 
     def run(self, name: str, loaded: Loaded) -> list[TaskScore]:
         """The scores of the task, group or tag ``name``.

@@ -93,9 +93,14 @@ def excerpt_of(
         last = encoded.num_special + tokens - 1
         if last < len(encoded.ids):
             return text[: encoded.offsets[last][1]]
-    raise UnsupportedModel(
-        f"tokenizer {type(tokenizer).__name__} makes fewer than {tokens} tokens of {characters:,} "
-        "characters: check that it is the checkpoint's own"
+    raise reads_nothing(tokenizer)
+
+
+def reads_nothing(tokenizer: "PreTrainedTokenizerBase") -> UnsupportedModel:
+    """What to raise where text does not become longer in tokens."""
+    return UnsupportedModel(
+        f"tokenizer {type(tokenizer).__name__} makes next to no tokens of common words: check that "
+        "it is the checkpoint's own"
     )
 
 

@@ -8,11 +8,12 @@ random order until the context is full. Everything follows from a seed.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.evaluate.encoded import encode
-from hysparse_cli.evaluate.haystack import fill
+from hysparse_cli.evaluate.haystack import fill, reads_nothing
 from hysparse_cli.evaluate.words import WORDS, word_pairs
 from hysparse_cli.recipe.evaluate import Family, Form
 
@@ -141,13 +142,17 @@ def _recall(task: Task, tokenizer: "PreTrainedTokenizerBase", rng: random.Random
     text = _Text()
     text.add(_listed(pairs))
     asked = [key for key, _ in pairs]
-    encoded = encode(tokenizer, text.text)
+    encoded, rounds = encode(tokenizer, text.text), 1
     while len(encoded.ids) < task.tokens:
-        for key, value in rng.sample(pairs, len(pairs)):
+        for key, value in chain(*(rng.sample(pairs, len(pairs)) for _ in range(rounds))):
             text.add(f"\n{key}: ")
             text.add_answer(value)
             asked.append(key)
-        encoded = encode(tokenizer, text.text)
+        before, encoded = len(encoded.ids), encode(tokenizer, text.text)
+        if len(encoded.ids) == before:
+            raise reads_nothing(tokenizer)
+        tokens_a_round = (len(encoded.ids) - before) / rounds
+        rounds = max(1, int(0.9 * (task.tokens - len(encoded.ids)) / tokens_a_round))
     end = encoded.offsets[task.tokens - 1][1]
     # Keys that were mentioned just before would be too easy: ask for those half a round away.
     far = [

@@ -13,7 +13,7 @@ from hysparse_cli.evaluate.paired import Sample
 from hysparse_cli.evaluate.perplexity import Loss, measure_loss
 from hysparse_cli.evaluate.result import CheckpointScores, Retrieval
 from hysparse_cli.evaluate.retrieval import Task
-from hysparse_cli.evaluate.state import Found, Key, State
+from hysparse_cli.evaluate.state import Found, Key, State, file_as_it_is
 from hysparse_cli.evaluate.texts import Texts
 from hysparse_cli.loading import Loaded, load
 from hysparse_cli.model.config import spec_of
@@ -48,7 +48,9 @@ class Scorer:
         self.texts, self.harness, self.state = texts, harness, state
         self.options, self.on_progress = options, on_progress
         self._machine = {name: environment[name] for name in environment if name != "threads"}
-        self._data = _file(Path(options.data).expanduser()) if options.data is not None else None
+        self._data = (
+            file_as_it_is(Path(options.data).expanduser()) if options.data is not None else None
+        )
         self._tasks = [
             Task(form, tokens, options.retrieval_facts, options.retrieval_questions)
             for form in options.retrieval_forms
@@ -63,7 +65,10 @@ class Scorer:
         """
         subject = {
             "format": FORMAT,
-            "files": [str(folder.resolve()), *(_file(path) for path in sorted(folder.iterdir()))],
+            "files": [
+                str(folder.resolve()),
+                *(file_as_it_is(path) for path in sorted(folder.iterdir())),
+            ],
             "machine": self._machine,
             "dtype": self.options.dtype,
         }
@@ -99,8 +104,8 @@ class Scorer:
             key = {"what": "retrieval", **asdict(task), **drawn, **text}
             found.append(Measurement(key, self._retrieval(task)))
         for name in options.lm_eval:
-            how = {"limit": options.lm_eval_limit, "folder": options.lm_eval_folder}
-            key = {"what": "lm-eval", "task": name, "tokens": options.retrieval_tokens, **how}
+            assert self.harness is not None
+            key = {"what": "lm-eval", "task": name, **self.harness.depends_on()}
             found.append(Measurement(key, self._task(name)))
         return found
 
@@ -204,9 +209,3 @@ def _check_lengths(checkpoint: str, config: Any, options: EvalOptions) -> None:
 def _loss_of(found: Found) -> Loss:
     parts = [Sample(**part) for part in found["parts"]]
     return Loss(Sample(**found["windows"]), parts, found["full_length"])
-
-
-def _file(path: Path) -> list[Any]:
-    """A file as it is now; another one, or the same one changed, gives something else."""
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]

@@ -96,5 +96,11 @@ class State:
                 file.truncate(whole)
 
 
+def file_as_it_is(path: Path) -> list[Any]:
+    """What to put in a key for a file: another one, or the same one changed, gives another."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
 def _name(key: Key) -> str:
     return json.dumps(key, sort_keys=True)

@@ -19,7 +19,8 @@ class Texts:
 
     def __init__(self, documents: Sequence[str] | None, options: EvalOptions):
         self.documents, self.options = documents, options
-        self._tokenizer = ""
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._content = ""
         self._windows: list[Window] | None = None
         self._written: dict[tuple[Task, int], Context | Prompt] = {}
 
@@ -64,6 +65,9 @@ class Texts:
         return self._written[task, index]
 
     def _keep_for(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        same = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(id(tokenizer))
-        if same != self._tokenizer:
-            self._tokenizer, self._windows, self._written = same, None, {}
+        if tokenizer is self._tokenizer:
+            return
+        self._tokenizer = tokenizer
+        content = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(id(tokenizer))
+        if content != self._content:
+            self._content, self._windows, self._written = content, None, {}

@@ -14,7 +14,7 @@ from hysparse_cli.documents import read_documents
 from hysparse_cli.errors import InvalidRecipe, UnsupportedModel
 from hysparse_cli.evaluate.answers import count_found
 from hysparse_cli.evaluate.paired import Sample
-from hysparse_cli.evaluate.retrieval import Task
+from hysparse_cli.evaluate.retrieval import Task, write_context
 from hysparse_cli.evaluate.ruler import Prompt, write_prompt
 from hysparse_cli.loading import load
 from hysparse_cli.recipe.evaluate import FAMILIES, Family
@@ -131,8 +131,10 @@ def test_a_tokenizer_that_reads_nothing_is_refused() -> None:
     blind = Tokenizer(models.WordLevel({"word": 0}))
     blind.normalizer = normalizers.Replace(Regex(r"[\s\S]"), "")
     nothing: Any = PreTrainedTokenizerFast(tokenizer_object=blind)  # type: ignore[no-untyped-call]
-    with pytest.raises(UnsupportedModel, match="makes fewer than"):
+    with pytest.raises(UnsupportedModel, match="makes next to no tokens"):
         write_prompt(Task("single-needle", 512), 0, nothing)
+    with pytest.raises(UnsupportedModel, match="makes next to no tokens"):
+        write_context(Task("recall", 512), 0, nothing)
 
 
 def test_answers_count_wherever_they_appear_and_capitals_do_not() -> None:
