@@ -67,7 +67,7 @@ class Scorer:
             "format": FORMAT,
             "files": [
                 str(folder.resolve()),
-                *(file_as_it_is(path) for path in sorted(folder.iterdir())),
+                *(file_as_it_is(path) for path in sorted(folder.iterdir()) if path.is_file()),
             ],
             "machine": self._machine,
             "dtype": self.options.dtype,

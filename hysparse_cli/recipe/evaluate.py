@@ -34,7 +34,7 @@ class EvalOptions(Section):
     max_tokens: Positive | None = None
     batch_size: Positive = 1
     retrieval_tokens: list[Positive] = []
-    retrieval_forms: Annotated[list[Form | Family], Field(min_length=1)] = [*FORMS]
+    retrieval_forms: Annotated[list[Literal[Form, Family]], Field(min_length=1)] = [*FORMS]
     retrieval_samples: Positive = 10
     retrieval_facts: Positive = 8
     retrieval_questions: Positive = 4

@@ -152,6 +152,8 @@ def test_eval_of_a_converted_checkpoint(
         (["--retrieval-tokens", "513"], 3, "at most 512 tokens"),
         (["--retrieval-tokens", "1x"], 3, "not a list of whole numbers"),
         (["--data", "DATA"], 3, "eval.sequence_tokens 2048 is longer"),
+        (["--retrieval-forms", "recall,recal"], 3, "eval.retrieval_forms.1: Input should be"),
+        (["--retrieval-tokens", "512", "--retrieval-forms", "ruler"], 3, "too short for the"),
         (["--set", "eval.retrieval_questions=9"], 3, "more than retrieval_facts 8"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -153,3 +154,16 @@ def test_a_model_that_retrieves_finds_needles(novels_25m: Path, gutenberg_dev: P
     assert count_found(loaded.model, tokenizer, prompts) == Sample([1.0, 1.0], [1, 1])
     wrong = [Prompt(prompt.input_ids, ("0000000",), prompt.max_new_tokens) for prompt in prompts]
     assert count_found(loaded.model, tokenizer, wrong) == Sample([0.0, 0.0], [1, 1])
+
+
+def test_answers_are_greedy_whatever_the_checkpoint_prefers(tiny_original: Path) -> None:
+    loaded = load(str(tiny_original), dtype="float32", device="cpu")
+    ids = list(range(5, 25))
+    for _ in range(3):
+        with torch.no_grad():
+            ids.append(int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    written = loaded.tokenizer.decode(ids[20:])
+    prompt = Prompt(ids[:20], (written, "w1 w1 w1 w1"), 3)
+    prefers = {"do_sample": True, "temperature": 9.0, "top_k": 3, "repetition_penalty": 9.0}
+    loaded.model.generation_config.update(**prefers)
+    assert count_found(loaded.model, loaded.tokenizer, [prompt]) == Sample([1.0], [2])
