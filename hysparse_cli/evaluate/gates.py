@@ -1,5 +1,6 @@
 """Gates such as ``loss<=dense+0.01``: what a checkpoint must reach, alone or beside another."""
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -111,8 +112,10 @@ def judge(
     verdicts = []
     for gate in gates:
         reference = None if gate.reference is None else places[gate.reference]
-        base = 0.0 if reference is None else found[reference][gate.metric]
+        base = 0.0 if reference is None else found[reference].get(gate.metric, math.nan)
         for place, metrics in enumerate(found):
             if place != (reference or 0) or len(found) == 1:
-                verdicts.append(Verdict(gate, place, metrics[gate.metric], base + gate.number))
+                verdicts.append(
+                    Verdict(gate, place, metrics.get(gate.metric, math.nan), base + gate.number)
+                )
     return verdicts
