@@ -2,9 +2,9 @@
 
 After "RULER: What's the Real Context Size of Your Long-Context Language Models?" (Hsieh et al.,
 arXiv 2404.06654): its families, with its numbers of hops and of common words, in words of our own.
-A prompt ends with the beginning of the answer and has no chat template, so that base models can go
-on with it. What a model writes there is scored as RULER does: the part of the answers that appear
-in it, capitals aside. Everything follows from a seed.
+A prompt gives no example, ends with the beginning of the answer and has no chat template, so that
+base models can go on with it. What a model writes there is scored as RULER does ("string match,
+all"): the part of the answers that appear in it, capitals aside. Everything follows from a seed.
 """
 
 import random

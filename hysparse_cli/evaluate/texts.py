@@ -33,9 +33,14 @@ class Texts:
         return self._windows
 
     def digest(self, tokenizer: "PreTrainedTokenizerBase") -> str | None:
-        """What the windows are, for comparison; None without documents."""
+        """What the windows are, for comparison; None where there are none."""
         windows = self.windows(tokenizer)
-        return None if not windows else hashlib.sha256(repr(windows).encode()).hexdigest()
+        if not windows:
+            return None
+        digest = hashlib.sha256()
+        for window in windows:
+            digest.update(repr(window).encode())
+        return digest.hexdigest()
 
     def context(self, tokenizer: "PreTrainedTokenizerBase", task: Task, index: int) -> Context:
         """The ``index``-th context of ``task`` (see ``write_context``)."""

@@ -52,7 +52,8 @@ class EvalOptions(Section):
     def _ruler_names_its_families(cls, forms: Any) -> Any:
         if not isinstance(forms, list):
             return forms
-        return [name for form in forms for name in (FAMILIES if form == RULER else (form,))]
+        named = [name for form in forms for name in (FAMILIES if form == RULER else (form,))]
+        return [name for place, name in enumerate(named) if name not in named[:place]]
 
     @model_validator(mode="after")
     def _answerable(self) -> "EvalOptions":

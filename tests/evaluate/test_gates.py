@@ -129,3 +129,10 @@ def test_dense_needs_a_dense_checkpoint(
     run = hysparse("eval", tiny_converted, copy, *args)
     assert run.exit_code == 3
     assert "no checkpoint is dense" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_a_figure_that_is_missing_fails() -> None:
+    gates = parse_gates(["loss<=dense+1"], NAMES[:2], METRICS)
+    places = {"base": 0, "dense": 0}
+    assert [v.holds for v in judge(gates, [{"loss": 4.0}, {}], places)] == [False]
+    assert [v.holds for v in judge(gates, [{}, {"loss": 4.0}], places)] == [False]

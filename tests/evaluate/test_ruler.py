@@ -18,6 +18,7 @@ from hysparse_cli.evaluate.paired import Sample
 from hysparse_cli.evaluate.retrieval import Task, write_context
 from hysparse_cli.evaluate.ruler import Prompt, write_prompt
 from hysparse_cli.loading import load
+from hysparse_cli.recipe import EvalOptions
 from hysparse_cli.recipe.evaluate import FAMILIES, Family
 from tests.evaluate.test_retrieval import FILLERS, tokenizer
 
@@ -167,3 +168,8 @@ def test_answers_are_greedy_whatever_the_checkpoint_prefers(tiny_original: Path)
     prefers = {"do_sample": True, "temperature": 9.0, "top_k": 3, "repetition_penalty": 9.0}
     loaded.model.generation_config.update(**prefers)
     assert count_found(loaded.model, loaded.tokenizer, [prompt]) == Sample([1.0], [2])
+
+
+def test_ruler_names_all_families_once() -> None:
+    forms = EvalOptions(retrieval_forms=["recall", "ruler", "multi-key"]).retrieval_forms
+    assert forms == ["recall", *FAMILIES]
