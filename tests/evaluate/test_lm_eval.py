@@ -12,6 +12,7 @@ from hysparse_cli.evaluate.harness import scores_of
 from hysparse_cli.evaluate.paired import Sample
 from hysparse_cli.loading import load
 from tests.conftest import Hysparse
+from tests.evaluate.test_table import validate
 
 needs_lm_eval = pytest.mark.filterwarnings("default")  # lm_eval's own
 
@@ -96,6 +97,7 @@ def test_a_task_runs_on_dense_and_converted_checkpoints(
     for task in result["checkpoints"][1]["tasks"]:
         assert task["difference"]["low"] is not None
     assert result["gates"][0]["holds"]
+    validate(result)
     assert hysparse(*command).stdout == run.stdout  # from --output
     assert "tiny_choice acc" in hysparse(*command[:-1]).stdout
 

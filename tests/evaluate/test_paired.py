@@ -6,7 +6,13 @@ from statistics import NormalDist, mean, stdev
 
 import pytest
 
-from hysparse_cli.evaluate.paired import Difference, Sample, difference, mean_difference
+from hysparse_cli.evaluate.paired import (
+    Difference,
+    Sample,
+    difference,
+    mean_difference,
+    student_975,
+)
 
 
 def test_the_interval_is_that_of_a_bootstrap_over_pieces() -> None:
@@ -32,13 +38,22 @@ def test_equal_counts_give_the_textbook_interval_of_paired_means() -> None:
     found = difference(Sample([1, 2, 4, 8], [1] * 4), Sample([0, 2, 5, 4], [1] * 4))
     gaps = [1, 0, -1, 4]
     assert found.value == 1
-    assert found.margin == pytest.approx(1.96 * stdev(gaps) / math.sqrt(len(gaps)))
+    t = 3.182  # Student's, for 3 degrees of freedom
+    assert found.margin == pytest.approx(t * stdev(gaps) / math.sqrt(len(gaps)), rel=0.01)
 
 
-def test_there_is_no_interval_without_pairs_or_from_one_piece() -> None:
-    assert difference(Sample([3], [2]), Sample([1], [2])) == Difference(1, None)
-    assert difference(Sample([3, 0], [2, 0]), Sample([1, 0], [2, 0])) == Difference(1, None)
-    assert difference(Sample([3, 1], [2, 2]), Sample([1, 1], [2, 4])).margin is None
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (10_000, 1.960)]
+)
+def test_students_quantile_is_that_of_the_tables(degrees: int, quantile: float) -> None:
+    assert student_975(degrees) == pytest.approx(quantile, rel=0.01)
+
+
+def test_there_is_no_interval_without_pairs_or_from_few_pieces() -> None:
+    few = [2, 2, 2, 0, 0]  # two of the five count nothing
+    found = difference(Sample([3, 1, 5, 0, 0], few), Sample([1, 1, 1, 0, 0], few))
+    assert found == Difference(1, None)
+    assert difference(Sample([3, 1] * 3, [2, 2] * 3), Sample([1, 1] * 3, [2, 4] * 3)).margin is None
 
 
 def test_a_mean_of_differences_of_their_own_is_surer_than_each() -> None:

@@ -28,17 +28,17 @@ def _scores(name: str, worse: float) -> CheckpointScores:
         for i in range(8)
     ]
     wrong = 0 if isnan(worse) else 10 * worse
-    right = [[4.0, 4.0 - wrong, 4.0], [1.0, 1.0, 1.0 - wrong]]
+    right = [[4.0, 4.0 - wrong, 4.0, 4.0], [1.0, 1.0, 1.0 - wrong, 1.0]]
     return CheckpointScores(
         checkpoint=f"runs/{name}",
         attention="hysparse FSSF" if worse else "dense",
         dtype="bfloat16",
         loss=Loss(windows, parts, 101),
         retrieval=[
-            Retrieval("recall", 8192, Sample(right[0], [4] * 3)),
-            Retrieval("multi-key", 8192, Sample(right[1], [1] * 3)),
+            Retrieval("recall", 8192, Sample(right[0], [4] * 4)),
+            Retrieval("multi-key", 8192, Sample(right[1], [1] * 4)),
         ],
-        tasks=[TaskScore("mmlu", "acc,none", 0.5 - worse, Sample([0.5 - worse] * 2, [1, 1]))],
+        tasks=[TaskScore("mmlu", "acc,none", 0.5 - worse, Sample([0.5 - worse] * 4, [1] * 4))],
     )
 
 
@@ -72,33 +72,33 @@ Evaluation
                     of     dense     hysparse FSSF     hysparse FSSF
  ────────────────────────────────────────────────────────────────────
   loss             800    4.0000            4.1500            4.0300
-                                   +0.1500 ±0.0370   +0.0300 ±0.0074
+                                   +0.1500 ±0.0447   +0.0300 ±0.0089
   perplexity               54.60             63.43             56.26
   loss at 1-13      96    5.0000            5.1500            5.0300
-                                   +0.1500 ±0.0370   +0.0300 ±0.0074
+                                   +0.1500 ±0.0447   +0.0300 ±0.0089
   loss at 14-26     96    4.8750            5.0250            4.9050
-                                   +0.1500 ±0.0370   +0.0300 ±0.0074
+                                   +0.1500 ±0.0447   +0.0300 ±0.0089
   loss at 27-39     96    4.7500            4.9000            4.7800
-                                   +0.1500 ±0.0370   +0.0300 ±0.0074
+                                   +0.1500 ±0.0447   +0.0300 ±0.0089
   loss at 40-52     96    4.6250            4.7750            4.6550
-                                   +0.1500 ±0.0370   +0.0300 ±0.0074
+                                   +0.1500 ±0.0447   +0.0300 ±0.0089
   loss at 53-64     96    4.5000            4.6500            4.5300
-                                   +0.1500 ±0.0370   +0.0300 ±0.0074
+                                   +0.1500 ±0.0447   +0.0300 ±0.0089
   loss at 65-76     96    4.3750            4.5250            4.4050
-                                   +0.1500 ±0.0370   +0.0300 ±0.0074
+                                   +0.1500 ±0.0447   +0.0300 ±0.0089
   loss at 77-88     96    4.2500            4.4000            4.2800
-                                   +0.1500 ±0.0370   +0.0300 ±0.0074
+                                   +0.1500 ±0.0447   +0.0300 ±0.0089
   loss at 89-100    96    4.1250            4.2750            4.1550
-                                   +0.1500 ±0.0370   +0.0300 ±0.0074
+                                   +0.1500 ±0.0447   +0.0300 ±0.0089
 
-  recall@8k         12    100.0%             91.7%             98.3%
-                                        -8.3 ±16.3         -1.7 ±3.3
-  multi-key@8k       3    100.0%             66.7%             93.3%
-                                       -33.3 ±65.3        -6.7 ±13.1
-  retrieval@8k            100.0%             79.2%             95.8%
-                                       -20.8 ±33.7         -4.2 ±6.7
+  recall@8k         16    100.0%             93.8%             98.8%
+                                        -6.2 ±19.7         -1.2 ±3.9
+  multi-key@8k       4    100.0%             75.0%             95.0%
+                                       -25.0 ±79.0        -5.0 ±15.8
+  retrieval@8k            100.0%             84.4%             96.9%
+                                       -15.6 ±40.7         -3.1 ±8.1
 
-  mmlu acc           2    0.5000            0.4000            0.4800
+  mmlu acc           4    0.5000            0.4000            0.4800
                                    -0.1000 ±0.0000   -0.0200 ±0.0000
 
   loss<=4.1                                  fails             holds
@@ -124,7 +124,7 @@ def test_one_model_has_no_differences() -> None:
     assert "±" not in text and "+" not in text and "100.0%" in text
 
 
-def _validate(result: Any) -> None:
+def validate(result: Any) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(SCHEMA.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -135,7 +135,7 @@ def _validate(result: Any) -> None:
 def test_json_is_as_the_schema_says(worse: tuple[float, ...]) -> None:
     evaluation = _evaluation(*worse)
     result = json.loads(json.dumps(evaluation.as_json(), allow_nan=False))
-    _validate(result)
+    validate(result)
     first, *others = result["checkpoints"]
     assert first["loss"]["difference"] is first["tasks"][0]["difference"] is None
     for row in others:
@@ -152,7 +152,7 @@ def test_json_and_table_of_the_command_agree(
     forms = ("--retrieval-forms", "recall,single-needle", "--require", "loss<=9")
     args = ("eval", tiny_original, tiny_converted, "--data", data, *sizes, *forms)
     result = json.loads(hysparse(*args, "--json").stdout)
-    _validate(result)
+    validate(result)
     table = hysparse(*args).stdout
     assert hysparse(*args).stdout == table
     for row in result["checkpoints"]:
