@@ -14,7 +14,7 @@ from hysparse_cli.loading import load
 from tests.conftest import Hysparse
 from tests.evaluate.test_table import validate
 
-needs_lm_eval = pytest.mark.filterwarnings("default")  # lm_eval's own
+lm_eval_warns = pytest.mark.filterwarnings("default")
 
 QUESTIONS = ["w1 w2", "w9 w8 w7", "w30", "w5 w5", "w17 w4", "w60 w2"]
 CHOICES = [" w3", " w11"]
@@ -72,7 +72,7 @@ def _expected(checkpoint: Path) -> list[float]:
     return right
 
 
-@needs_lm_eval
+@lm_eval_warns
 def test_a_task_runs_on_dense_and_converted_checkpoints(
     hysparse: Hysparse,
     offline: None,
@@ -102,7 +102,7 @@ def test_a_task_runs_on_dense_and_converted_checkpoints(
     assert "tiny_choice acc" in hysparse(*command[:-1]).stdout
 
 
-@needs_lm_eval
+@lm_eval_warns
 def test_an_unknown_task_is_refused_before_any_work(
     hysparse: Hysparse, offline: None, tiny_original: Path, folder: Path
 ) -> None:
@@ -112,7 +112,7 @@ def test_an_unknown_task_is_refused_before_any_work(
     assert "lm_eval has no task tiny_typo" in run.stderr and run.stderr.count("\n") == 1
 
 
-@needs_lm_eval
+@lm_eval_warns
 def test_a_task_whose_data_is_missing_is_one_line(
     hysparse: Hysparse, offline: None, tiny_original: Path, folder: Path, tmp_path: Path
 ) -> None:
