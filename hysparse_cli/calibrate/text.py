@@ -15,8 +15,10 @@ from torch import Tensor
 from hysparse_cli.documents import read_documents
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.evaluate.encoded import encode
-from hysparse_cli.evaluate.retrieval import FORMS, Context, Form, Task, excerpt_of, write_context
+from hysparse_cli.evaluate.haystack import excerpt_of
+from hysparse_cli.evaluate.retrieval import Context, Task, write_context
 from hysparse_cli.recipe import ConvertOptions
+from hysparse_cli.recipe.evaluate import FORMS, Form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

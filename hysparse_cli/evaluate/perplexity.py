@@ -3,31 +3,52 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hysparse_cli.evaluate.paired import Sample
 from hysparse_cli.logits import hidden_states, logits_of
 
 LOGITS_AT_ONCE = 1 << 26
 POSITION_PARTS = 8
 
 
+class Window(NamedTuple):
+    """Token ids that a model reads on their own; those from ``begin`` on (1 at least) count."""
+
+    ids: list[int]
+    begin: int = 1
+
+
 @dataclass(frozen=True)
 class Loss:
     """The mean of ``-log p(token | the tokens before it in its window)``, natural logarithm.
 
-    tokens: how many were predicted: all but the first of each of the ``windows``.
-    by_position: the same mean in each of POSITION_PARTS equal parts of the windows of full length;
-    none where there is no such window, or it is too short.
+    windows: the losses of the counted tokens, by window. parts: the same by place in the window, in
+    POSITION_PARTS equal parts of the windows of full length; none where those are too short.
+    full_length: tokens of the longest window.
     """
 
-    nats_per_token: float
-    tokens: int
-    windows: int
-    by_position: tuple[float, ...] = ()
+    windows: Sample
+    parts: list[Sample]
+    full_length: int
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.windows.mean
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were counted."""
+        return self.windows.count
+
+    @property
+    def by_position(self) -> tuple[float, ...]:
+        """The mean in each of ``parts``; NaN where no token of a part counts."""
+        return tuple(part.mean for part in self.parts)
 
     @property
     def perplexity(self) -> float:
@@ -35,25 +56,39 @@ class Loss:
 
 
 def cut_windows(
-    documents: Iterable[str], tokenizer: Any, sequence_tokens: int, max_tokens: int | None
-) -> list[list[int]]:
+    documents: Iterable[str],
+    tokenizer: Any,
+    sequence_tokens: int,
+    max_tokens: int | None,
+    stride: int | None = None,
+) -> list[Window]:
     """Documents as windows of token ids, each read by the model on its own.
 
-    Each document is tokenized whole, special tokens as the tokenizer adds them, and cut into
-    consecutive windows of ``sequence_tokens`` that do not overlap; the last one may be shorter, and
-    is left out below 2 tokens. Windows are never filled up from the next document, and nothing
-    marks that a window goes on with a document.
+    Each document is tokenized whole, special tokens as the tokenizer adds them. Its windows of
+    ``sequence_tokens`` begin ``stride`` tokens apart, and the last one may be shorter. A token
+    counts in the first window that predicts it: with a stride shorter than the window, all but
+    those of a document's first window have at least ``sequence_tokens - stride`` tokens before
+    them (the sliding window of Hugging Face's guide to perplexity). Windows are never filled up
+    from the next document, and nothing marks that a window goes on with a document.
 
     Args:
-        max_tokens: take windows at even distances over all text, up to about so many tokens and at
-            least one window; None takes all.
+        max_tokens: take windows at even distances over all text, up to about so many tokens read
+            and at least one window; None takes all.
+        stride: None is ``sequence_tokens``: windows that do not overlap.
     """
+    step = stride or sequence_tokens
     windows = []
     for document in documents:
         ids = tokenizer(document, verbose=False)["input_ids"]
-        cuts = (ids[i : i + sequence_tokens] for i in range(0, len(ids), sequence_tokens))
-        windows += [window for window in cuts if len(window) > 1]
-    total = sum(map(len, windows))
+        counted = 0  # tokens of the document up to the last window's end
+        for first in range(0, len(ids), step):
+            window = Window(ids[first : first + sequence_tokens], max(1, counted - first))
+            if window.begin < len(window.ids):
+                windows.append(window)
+            counted = first + len(window.ids)
+            if counted == len(ids):
+                break
+    total = sum(len(window.ids) for window in windows)
     if max_tokens is None or total <= max_tokens:
         return windows
     kept = max(1, int(len(windows) * max_tokens / total))
@@ -63,26 +98,27 @@ def cut_windows(
 @torch.no_grad()
 def measure_loss(
     model: Any,
-    windows: Sequence[list[int]],
+    windows: Sequence[Window],
     batch_size: int,
     on_progress: Callable[[int, int], None],
 ) -> Loss:
     """The loss of ``model`` on ``windows``; those of equal length share a batch."""
-    total, tokens = 0.0, 0
-    full_length = max(map(len, windows))
-    by_token = torch.zeros(full_length - 1, dtype=torch.float64)  # of windows of full length
+    full_length = max(len(window.ids) for window in windows)
+    num_parts = POSITION_PARTS if full_length > POSITION_PARTS else 0
+    total, parts = Sample([], []), [Sample([], []) for _ in range(num_parts)]
     batches = _batches(windows, batch_size)
     for done, batch in enumerate(batches):
         on_progress(done, len(batches))
-        input_ids = torch.tensor(batch, device=model.device)
-        losses = token_losses(model, input_ids).double().sum(0).cpu()
-        total += float(losses.sum())
-        tokens += input_ids[:, 1:].numel()
-        if len(losses) == len(by_token):
-            by_token += losses
+        input_ids = torch.tensor([window.ids for window in batch], device=model.device)
+        for window, losses in zip(batch, token_losses(model, input_ids).cpu(), strict=True):
+            _add(total, losses, window.begin)
+            if len(window.ids) == full_length:
+                first = 1
+                for part, of_part in zip(parts, losses.tensor_split(POSITION_PARTS), strict=False):
+                    _add(part, of_part, max(1, window.begin - first + 1))
+                    first += len(of_part)
     on_progress(len(batches), len(batches))
-    whole = sum(len(window) == full_length for window in windows)
-    return Loss(total / tokens, tokens, len(windows), _by_position(by_token / whole))
+    return Loss(total, parts, full_length)
 
 
 @torch.no_grad()
@@ -103,18 +139,19 @@ def token_losses(model: Any, input_ids: Tensor, **options: Any) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _by_position(losses: Tensor) -> tuple[float, ...]:
-    if len(losses) < POSITION_PARTS:
-        return ()
-    return tuple(float(part.mean()) for part in losses.tensor_split(POSITION_PARTS))
+def _add(sample: Sample, losses: Tensor, begin: int) -> None:
+    """Add a piece: ``losses`` of the tokens from 1 on, of which those from ``begin`` on count."""
+    counted = losses[begin - 1 :].double()
+    sample.sums.append(float(counted.sum()))
+    sample.counts.append(len(counted))
 
 
-def _batches(windows: Sequence[list[int]], batch_size: int) -> list[list[list[int]]]:
-    batches: list[list[list[int]]] = []
-    for window in sorted(windows, key=len):
-        room = batches and len(batches[-1]) < batch_size and len(batches[-1][0]) == len(window)
-        if room:
-            batches[-1].append(window)
+def _batches(windows: Sequence[Window], batch_size: int) -> list[list[Window]]:
+    batches: list[list[Window]] = []
+    for window in sorted(windows, key=lambda window: len(window.ids)):
+        last = batches[-1] if batches else []
+        if last and len(last) < batch_size and len(last[0].ids) == len(window.ids):
+            last.append(window)
         else:
             batches.append([window])
     return batches

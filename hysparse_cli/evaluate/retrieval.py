@@ -8,19 +8,19 @@ random order until the context is full. Everything follows from a seed.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from hysparse_cli.errors import InvalidRecipe
-from hysparse_cli.evaluate.encoded import Encoded, encode
-from hysparse_cli.evaluate.words import WORDS
+from hysparse_cli.evaluate.encoded import encode
+from hysparse_cli.evaluate.haystack import fill, reads_nothing
+from hysparse_cli.evaluate.words import WORDS, word_pairs
+from hysparse_cli.recipe.evaluate import Family, Form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Form = Literal["magic-number", "secret", "key-value", "recall"]
-FORMS: tuple[Form, ...] = get_args(Form)
 MAX_RECALL_PAIRS = 64
-MIN_SPARE, MAX_SPARE = 8, 64
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,11 @@ class Task:
     """What to make: ``form`` in ``tokens`` tokens, the tokenizer's leading special ones included.
 
     The last answer ends the context, or nearly. ``facts`` does not count for ``recall``, which
-    lists as many pairs as fit in half the context, at most 64.
+    lists as many pairs as fit in half the context, at most 64. A form of ruler.py is another kind:
+    its context is a prompt, and room for the answer.
     """
 
-    form: Form
+    form: Form | Family
     tokens: int
     facts: int = 8
     questions: int = 4
@@ -116,90 +117,19 @@ def _planted(
     rng: random.Random,
 ) -> Context:
     wording = WORDINGS[task.form]
-    numbers = rng.sample(range(len(WORDS) ** 2), task.facts)
-    keys = [f"{WORDS[n // len(WORDS)]}-{WORDS[n % len(WORDS)]}" for n in numbers]
-    pairs = [(key, _value(rng)) for key in keys]
+    pairs = [(key, _value(rng)) for key in word_pairs(task.facts, rng)]
     facts = [wording.fact.format(key=key, value=value) for key, value in pairs]
     questions = _Text()
     for key, value in rng.sample(pairs, min(task.questions, len(pairs))):
         questions.add(wording.question.format(key=key))
         questions.add_answer(value)
         questions.add(wording.end)
-    fixed = len(encode(tokenizer, "".join(facts) + questions.text).ids)
-    # What the joined text tokenizes to is known only afterwards: write some filler to spare, and
-    # cut the surplus from its beginning, where nothing is planted.
-    spare = MIN_SPARE
-    while fixed + 2 * spare <= task.tokens and spare <= MAX_SPARE:
-        excerpt = excerpt_of(tokenizer, filler, task.tokens - fixed + spare, rng)
-        text, first_fact = _plant(facts, excerpt, encode(tokenizer, excerpt), 2 * spare, rng)
-        encoded = encode(tokenizer, text + questions.text)
-        surplus = len(encoded.ids) - task.tokens
-        if 0 <= surplus <= encoded.content_tokens_before(first_fact):
-            spans = [(len(text) + begin, len(text) + end) for begin, end in questions.answers]
-            answers = [encoded.tokens_of(begin, end) for begin, end in spans]
-            return Context(
-                encoded.without_head(surplus),
-                [(begin - surplus, end - surplus) for begin, end in answers],
-            )
-        spare *= 2
-    raise _too_short(task, fixed + 2 * MIN_SPARE)
-
-
-def _plant(
-    facts: Sequence[str], excerpt: str, encoded: Encoded, head_tokens: int, rng: random.Random
-) -> tuple[str, int]:
-    """``excerpt`` with ``facts`` between its words, none in its first ``head_tokens`` tokens.
-
-    Returns: the text, and the character where the first fact begins.
-    """
-    head = encoded.offsets[min(encoded.num_special + head_tokens, len(encoded.ids) - 1)][0]
-    gaps = [i for i in range(head, len(excerpt)) if excerpt[i].isspace()]
-    places = sorted(rng.choice(gaps or [len(excerpt)]) for _ in facts)
-    pieces = []
-    for begin, end, fact in zip([0, *places], places, facts, strict=False):
-        pieces += [excerpt[begin:end], fact]
-    return "".join(pieces) + excerpt[places[-1] :], places[0]
-
-
-def excerpt_of(
-    tokenizer: "PreTrainedTokenizerBase",
-    filler: Sequence[str] | None,
-    tokens: int,
-    rng: random.Random,
-) -> str:
-    """Running text of ``tokens`` tokens or a few more, from a random place of ``filler``.
-
-    Args:
-        filler: documents, read on into the next where one ends; None for made-up sentences.
-    """
-    characters = 6 * tokens
-    while True:
-        text = _made_up(characters, rng) if filler is None else _cut(filler, characters, rng)
-        encoded = encode(tokenizer, text)
-        last = encoded.num_special + tokens - 1
-        if last < len(encoded.ids):
-            return text[: encoded.offsets[last][1]]
-        characters *= 2
-
-
-def _cut(filler: Sequence[str], characters: int, rng: random.Random) -> str:
-    document = rng.randrange(len(filler))
-    begin = rng.randrange(len(filler[document]))
-    text = filler[document][begin : begin + characters]
-    while len(text) < characters:
-        document = (document + 1) % len(filler)
-        text += "\n\n" + filler[document][: characters - len(text)]
-    return text
-
-
-def _made_up(characters: int, rng: random.Random) -> str:
-    sentences: list[str] = []
-    length = 0
-    while length < characters:
-        words = rng.choices(WORDS, k=rng.randint(5, 12))
-        sentences.append(f"{' '.join(words).capitalize()}.")
-        length += len(sentences[-1]) + 1
-    return " ".join(sentences)
+    filled = fill(task.tokens, facts, questions.text, tokenizer, filler, rng)
+    if isinstance(filled, int):
+        raise too_short(task, filled)
+    spans = [filled.encoded.tokens_of(filled.end + a, filled.end + b) for a, b in questions.answers]
+    answers = [(begin - filled.surplus, end - filled.surplus) for begin, end in spans]
+    return Context(filled.input_ids, answers)
 
 
 def _recall(task: Task, tokenizer: "PreTrainedTokenizerBase", rng: random.Random) -> Context:
@@ -207,18 +137,22 @@ def _recall(task: Task, tokenizer: "PreTrainedTokenizerBase", rng: random.Random
     least = max(2, task.questions)
     while 2 * len(encode(tokenizer, _listed(pairs)).ids) > task.tokens:
         if len(pairs) == least:
-            raise _too_short(task, 2 * len(encode(tokenizer, _listed(pairs)).ids))
+            raise too_short(task, 2 * len(encode(tokenizer, _listed(pairs)).ids))
         pairs.pop()
     text = _Text()
     text.add(_listed(pairs))
     asked = [key for key, _ in pairs]
-    encoded = encode(tokenizer, text.text)
+    encoded, rounds = encode(tokenizer, text.text), 1
     while len(encoded.ids) < task.tokens:
-        for key, value in rng.sample(pairs, len(pairs)):
+        for key, value in chain(*(rng.sample(pairs, len(pairs)) for _ in range(rounds))):
             text.add(f"\n{key}: ")
             text.add_answer(value)
             asked.append(key)
-        encoded = encode(tokenizer, text.text)
+        before, encoded = len(encoded.ids), encode(tokenizer, text.text)
+        if len(encoded.ids) == before:
+            raise reads_nothing(tokenizer)
+        tokens_a_round = (len(encoded.ids) - before) / rounds
+        rounds = max(1, int(0.9 * (task.tokens - len(encoded.ids)) / tokens_a_round))
     end = encoded.offsets[task.tokens - 1][1]
     # Keys that were mentioned just before would be too easy: ask for those half a round away.
     far = [
@@ -240,9 +174,13 @@ def _value(rng: random.Random) -> str:
     return rng.choice(WORDS)
 
 
-def _too_short(task: Task, needed: int) -> InvalidRecipe:
+def too_short(task: Task, needed: int) -> InvalidRecipe:
+    """What to raise where ``task`` needs ``needed`` tokens as drawn, and others of it may more."""
+    amount = remedy = ""
+    if task.form not in ("single-needle", "variable-tracking", "common-words", "frequent-words"):
+        amount = f" with {task.facts} facts and {task.questions} questions"
+        remedy = ", or fewer facts (eval.retrieval_facts) and questions (eval.retrieval_questions)"
     return InvalidRecipe(
-        f"retrieval_tokens {task.tokens} is too short for the {task.form} form with "
-        f"{task.facts} facts and {task.questions} questions: give at least about {needed}, or "
-        "fewer facts (eval.retrieval_facts) and questions (eval.retrieval_questions)"
+        f"retrieval_tokens {task.tokens} is too short for the {task.form} form{amount}: give at "
+        f"least about {needed + needed // 8}{remedy}"
     )

@@ -1,5 +1,7 @@
 """The words that retrieval contexts are made of: short, common, lower-case, no inflections."""
 
+import random
+
 _LIST = """
 able acid angel anger apple april arch army arrow autumn baby back bank barn basket battle beach
 bear beauty bell bench bird bishop blood blue boat bone book boot bottle bowl brain branch brass
@@ -31,3 +33,9 @@ willow wind window wine winter wise wolf wood wool yard yellow young
 """
 
 WORDS: tuple[str, ...] = tuple(_LIST.split())
+
+
+def word_pairs(count: int, rng: random.Random) -> list[str]:
+    """``count`` different pairs of words such as ``oak-lion``."""
+    numbers = rng.sample(range(len(WORDS) ** 2), count)
+    return [f"{WORDS[n // len(WORDS)]}-{WORDS[n % len(WORDS)]}" for n in numbers]

@@ -1,14 +1,28 @@
 """Options of ``hysparse eval``."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hysparse_cli.recipe.fields import Device, Dtype, Positive, Section
 
+Form = Literal["magic-number", "secret", "key-value", "recall"]
+Family = Literal[
+    "single-needle",
+    "multi-key",
+    "multi-value",
+    "multi-query",
+    "variable-tracking",
+    "common-words",
+    "frequent-words",
+]
+FORMS: tuple[Form, ...] = get_args(Form)
+FAMILIES: tuple[Family, ...] = get_args(Family)
+RULER = "ruler"
+
 
 class EvalOptions(Section):
-    """``hysparse eval``: loss on ``data``, retrieval accuracy at ``retrieval_tokens``.
+    """``hysparse eval``: loss on ``data``, retrieval at ``retrieval_tokens``, tasks of lm-eval.
 
     Retrieval plants its facts in text of ``data``, or of its own making where there is none.
     """
@@ -16,18 +30,30 @@ class EvalOptions(Section):
     data: str | None = None
     text_field: str = "text"
     sequence_tokens: Positive = 2048
+    stride: Positive | None = None
     max_tokens: Positive | None = None
     batch_size: Positive = 1
     retrieval_tokens: list[Positive] = []
-    retrieval_forms: Annotated[
-        list[Literal["magic-number", "secret", "key-value", "recall"]], Field(min_length=1)
-    ] = ["magic-number", "secret", "key-value", "recall"]
+    retrieval_forms: Annotated[list[Literal[Form, Family]], Field(min_length=1)] = [*FORMS]
     retrieval_samples: Positive = 10
     retrieval_facts: Positive = 8
     retrieval_questions: Positive = 4
+    lm_eval: list[str] = []
+    lm_eval_folder: str | None = None
+    lm_eval_limit: Positive | None = None
+    require: list[str] = []
+    output: str | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
     seed: int = 0
+
+    @field_validator("retrieval_forms", mode="before")
+    @classmethod
+    def _ruler_names_its_families(cls, forms: Any) -> Any:
+        if not isinstance(forms, list):
+            return forms
+        named = [name for form in forms for name in (FAMILIES if form == RULER else (form,))]
+        return [name for place, name in enumerate(named) if name not in named[:place]]
 
     @model_validator(mode="after")
     def _answerable(self) -> "EvalOptions":
@@ -35,5 +61,14 @@ class EvalOptions(Section):
             raise ValueError(
                 f"retrieval_questions {self.retrieval_questions} is more than retrieval_facts "
                 f"{self.retrieval_facts}: each question asks for another fact"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _windows_touch(self) -> "EvalOptions":
+        if self.stride is not None and self.stride > self.sequence_tokens:
+            raise ValueError(
+                f"stride {self.stride} is more than sequence_tokens {self.sequence_tokens}: the "
+                "tokens between windows would be left out"
             )
         return self

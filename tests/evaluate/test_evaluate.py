@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from hysparse_cli.documents import read_documents
-from hysparse_cli.evaluate.perplexity import cut_windows, measure_loss
+from hysparse_cli.evaluate.answers import count_correct
+from hysparse_cli.evaluate.paired import Sample
+from hysparse_cli.evaluate.perplexity import Window, cut_windows, measure_loss
 from hysparse_cli.evaluate.retrieval import Context
-from hysparse_cli.evaluate.run import count_correct, evaluate
+from hysparse_cli.evaluate.run import evaluate
 from hysparse_cli.loading import load
 from hysparse_cli.logits import hidden_states, logits_of
 from hysparse_cli.recipe import EvalOptions
@@ -52,8 +54,10 @@ def test_windows_cover_each_document_apart(tiny_original: Path) -> None:
     tokenizer = load(str(tiny_original)).tokenizer
     documents = [_words(70), _words(1), _words(33, first=5)]
     windows = cut_windows(documents, tokenizer, 32, None)
-    assert list(map(len, windows)) == [32, 32, 6, 32]
-    assert list(chain(*windows[:3])) == tokenizer(documents[0])["input_ids"]
+    assert [len(window.ids) for window in windows] == [32, 32, 6, 32]
+    assert (
+        list(chain(*(window.ids for window in windows[:3]))) == tokenizer(documents[0])["input_ids"]
+    )
 
 
 def test_max_tokens_takes_windows_over_the_whole_text(tiny_original: Path) -> None:
@@ -73,11 +77,11 @@ def test_loss_equals_an_independent_computation(
     total, tokens = 0.0, 0
     for window in windows:
         with torch.no_grad():
-            log_probs = loaded.model(torch.tensor([window])).logits[0].double().log_softmax(-1)
-        total -= sum(float(log_probs[i, token]) for i, token in enumerate(window[1:]))
-        tokens += len(window) - 1
+            log_probs = loaded.model(torch.tensor([window.ids])).logits[0].double().log_softmax(-1)
+        total -= sum(float(log_probs[i, token]) for i, token in enumerate(window.ids[1:]))
+        tokens += len(window.ids) - 1
     loss = measure_loss(loaded.model, windows, batch_size, _quiet)
-    assert (loss.tokens, loss.windows) == (tokens, len(windows))
+    assert (loss.tokens, len(loss.windows.counts)) == (tokens, len(windows))
     assert loss.nats_per_token == pytest.approx(total / tokens, abs=1e-6)
     assert loss.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
 
@@ -86,14 +90,14 @@ def test_loss_equals_an_independent_computation(
 def test_loss_by_position_is_that_of_full_windows(tiny_original: Path, data: Path) -> None:
     loaded = load(str(tiny_original))
     windows = cut_windows(read_documents(data), loaded.tokenizer, 32, None)
-    whole = torch.tensor([window for window in windows if len(window) == 32])
+    whole = torch.tensor([window.ids for window in windows if len(window.ids) == 32])
     logits = loaded.model(input_ids=whole).logits[:, :-1].double().log_softmax(-1)
     of_tokens = -logits.gather(-1, whole[:, 1:, None])[..., 0].mean(0)
     found = measure_loss(loaded.model, windows, 2, _quiet).by_position
     # 31 predicted tokens in 8 parts: the first seven have 4, the last one 3
     expected = [float(part.mean()) for part in of_tokens.split(4)]
     assert found == pytest.approx(expected, rel=1e-5)
-    assert measure_loss(loaded.model, [whole[0, :6].tolist()], 1, _quiet).by_position == ()
+    assert measure_loss(loaded.model, [Window(whole[0, :6].tolist())], 1, _quiet).by_position == ()
 
 
 def test_correct_is_what_greedy_decoding_writes(tiny_original: Path) -> None:
@@ -105,7 +109,7 @@ def test_correct_is_what_greedy_decoding_writes(tiny_original: Path) -> None:
     ids = written[0].tolist()
     wrong = [*ids[:22], ids[22] ^ 1, *ids[23:]]
     contexts = [Context(ids, [(20, 24)]), Context(wrong, [(20, 24), (20, 22)])]
-    assert count_correct(model, contexts, batch_size=2) == (2, 3)
+    assert count_correct(model, contexts) == Sample([1, 1], [1, 2])
 
 
 def test_eval_shows_checkpoints_side_by_side(
@@ -117,9 +121,10 @@ def test_eval_shows_checkpoints_side_by_side(
     assert run.exit_code == 0, run.stderr
     assert "tiny" in run.stdout and "copy" in run.stdout and "101" not in run.stderr
     result = json.loads(hysparse(*args, "--json").stdout)
-    assert result["schema"] == "hysparse.eval/1"
+    assert result["schema"] == "hysparse.eval/2"
     first, second = result["checkpoints"]
-    assert first["loss"] == second["loss"]
+    assert first["loss"]["nats_per_token"] == second["loss"]["nats_per_token"]
+    assert second["loss"]["difference"] == {"value": 0, "low": 0, "high": 0}
     assert first["loss"]["tokens"] == 31 + 31 + 5 + 31
     assert result["environment"]["device"] == "cpu"
 
@@ -145,8 +150,10 @@ def test_eval_of_a_converted_checkpoint(
         (["--data", "EMPTY"], 7, "holds no text"),
         (["--retrieval-tokens", "20"], 3, "retrieval_tokens 20 is too short"),
         (["--retrieval-tokens", "513"], 3, "at most 512 tokens"),
-        (["--retrieval-tokens", "1k"], 3, "not a list of whole numbers"),
+        (["--retrieval-tokens", "1x"], 3, "not a list of whole numbers"),
         (["--data", "DATA"], 3, "eval.sequence_tokens 2048 is longer"),
+        (["--retrieval-forms", "recall,recal"], 3, "eval.retrieval_forms.1: Input should be"),
+        (["--retrieval-tokens", "512", "--retrieval-forms", "ruler"], 3, "too short for the"),
         (["--set", "eval.retrieval_questions=9"], 3, "more than retrieval_facts 8"),
     ],
 )
@@ -195,7 +202,7 @@ def test_a_model_that_retrieves_is_seen_to(
         dtype="float32",
     )
     (scores,) = evaluate([str(novels_25m)], options).scores
-    assert [cell.questions for cell in scores.retrieval] == [4] * 4
+    assert [cell.sample.count for cell in scores.retrieval] == [4] * 4
     # in the key-value form it gets numbers right and most words wrong: 71 of 100 (docs/)
     least = {"key-value": 0.5}
     assert all(cell.accuracy >= least.get(cell.form, 1.0) for cell in scores.retrieval)

@@ -1,0 +1,106 @@
+"""What an evaluation has finished, on disk as it goes, so that a stopped one goes on from there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hysparse_cli.errors import InvalidRecipe, OutOfResources, UnreadableInput
+from hysparse_cli.staging import sync
+
+Key = dict[str, Any]
+Found = dict[str, Any]
+
+FINISHED, RESULT = "finished.jsonl", "eval.json"
+
+
+class State:
+    """Finished measurements by what they are of: a line each in ``FINISHED``.
+
+    A key holds all that a measurement depends on, so that what is found under it is never stale,
+    and checkpoints, lengths and forms can be added to a folder. Without a folder nothing is kept
+    beyond this process.
+
+    Raises: InvalidRecipe where ``folder`` is a file; UnreadableInput, OutOfResources where it can't
+        be read or written.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._finished: dict[str, Found] = {}
+        if folder is None:
+            return
+        if folder.exists() and not folder.is_dir():
+            raise InvalidRecipe(f"output {folder} is a file: give a folder")
+        self._path = folder / FINISHED
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._read()
+        except OSError as error:
+            raise OutOfResources(f"output {folder}: {error.strerror or error}") from None
+
+    def get(self, key: Key) -> Found | None:
+        return self._finished.get(_name(key))
+
+    def put(self, key: Key, found: Found) -> None:
+        """Keep ``found``: once this returns, it stays whatever happens.
+
+        Raises: OutOfResources where it can't be written.
+        """
+        self._finished[_name(key)] = found
+        if self.folder is None:
+            return
+        line = json.dumps({"key": key, "found": found}) + "\n"
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+            sync(self._path)
+        except OSError as error:
+            raise OutOfResources(f"output {self._path}: {error.strerror or error}") from None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write ``result`` as ``RESULT``, which is there whole or not at all.
+
+        Raises: OutOfResources where it can't be written.
+        """
+        if self.folder is None:
+            return
+        place = self.folder / RESULT
+        partial = place.with_suffix(".partial")
+        try:
+            partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            sync(partial)
+            partial.replace(place)
+        except OSError as error:
+            raise OutOfResources(f"output {place}: {error.strerror or error}") from None
+
+    def _read(self) -> None:
+        """Take up what is there; a line that a killed run left unfinished is cut off."""
+        if not self._path.exists():
+            return
+        whole = 0
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                try:
+                    entry = json.loads(line)
+                    self._finished[_name(entry["key"])] = entry["found"]
+                except (ValueError, KeyError, TypeError):
+                    raise UnreadableInput(
+                        f"{self._path}, line {number} is not what hysparse eval wrote: give "
+                        "another --output, or remove the file to measure again"
+                    ) from None
+        if whole < self._path.stat().st_size:
+            with self._path.open("r+b") as file:
+                file.truncate(whole)
+
+
+def file_as_it_is(path: Path) -> list[Any]:
+    """What to put in a key for a file: another one, or the same one changed, gives another."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _name(key: Key) -> str:
+    return json.dumps(key, sort_keys=True)
