@@ -30,8 +30,8 @@ class Kept:
             before = lines[0].get("stamp", {})
             if other := [n for n, value in stamp.items() if before.get(n) != value]:
                 raise InvalidRecipe(
-                    f"{self.path} holds rows measured with other {' and other '.join(other)}: "
-                    "give another --output, or remove it"
+                    f"{self.path} holds rows that were measured with another {', '.join(other)}: "
+                    "give another --output, or remove that file"
                 )
             for line in lines[1:]:
                 if "rows" in line:

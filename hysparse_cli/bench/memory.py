@@ -10,6 +10,7 @@ from hysparse_cli.bench.decode import Decoding, static_cache, static_kv_cache
 from hysparse_cli.devices import is_out_of_memory
 from hysparse_cli.kv_cache import held_kv_bytes
 
+MOST_ON_CPU = 1 << 30  # bytes: a plan must not fill a laptop's memory
 TRIES = 50  # at most, each with 2% less
 
 
@@ -18,11 +19,14 @@ def measure_memory(
 ) -> dict[str, Any]:
     """Bytes of weights and of one sequence's keys and values, and the largest batch by arithmetic.
 
-    kv_bytes: of a static cache that is really allocated, though not filled.
+    kv_bytes: of a static cache that is really allocated; None where that would take more memory
+        than there is, or on a CPU more than ``MOST_ON_CPU``.
     """
     free, total = memory_of(device)
     counted = static_kv_cache(config).total_bytes(context, dtype.itemsize)
-    held = held_kv_bytes(static_cache(config, context, 1, dtype, device))
+    held = None
+    if counted <= (free if device.type == "cuda" else min(free, MOST_ON_CPU)):
+        held = held_kv_bytes(static_cache(config, context, 1, dtype, device))
     return {
         "kv_bytes": held,
         "arithmetic_kv_bytes": counted,

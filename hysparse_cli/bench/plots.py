@@ -105,7 +105,7 @@ def _memory(rows: list[dict[str, Any]], title: str) -> Plot:
     lines, limit = _Lines(), None
     for row in rows:
         if row["phase"] == "memory":
-            lines.add(row, (row["weight_bytes"] + row["kv_bytes"]) / GIB)
+            lines.add(row, (row["weight_bytes"] + row["arithmetic_kv_bytes"]) / GIB)
             limit = (row["total_bytes"] / GIB, "this machine's memory")
     what = "weights and KV cache of one sequence, GiB"
     return Plot("memory", f"memory: {title}", what, lines.by_subject, log=True, limit=limit)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hysparse_cli.bench.plots import plots_of
 from hysparse_cli.bench.rows import Row, times_dense
 from hysparse_cli.bench.tables import COLUMNS, caption, cells_of_row
+from hysparse_cli.loading import short_names
 from hysparse_cli.recipe import BenchOptions
 
 if TYPE_CHECKING:
@@ -122,4 +123,5 @@ class Bench:
     def _title(self) -> str:
         env = self.environment
         device = f"{env['device']} ({env['device_name']})"
-        return f"{self.model} on {device}, torch {env['torch']}"
+        (name,) = short_names([self.model])
+        return f"{name} on {device}, torch {env['torch']}"

@@ -54,7 +54,9 @@ class Row:
 
     @property
     def kv_bytes(self) -> int | None:
-        held: int | None = self.values.get("kv_bytes")
+        """As allocated, or counted where they were not."""
+        values = self.values
+        held: int | None = values.get("kv_bytes") or values.get("arithmetic_kv_bytes")
         return held
 
     def tokens_per_second(self) -> float | None:
@@ -126,7 +128,7 @@ def times_dense(row: Row, rows: list[Row]) -> dict[str, float]:
         if mine is not None and others:
             found[name] = min(others) / mine.median
     if row.kv_bytes:
-        found["kv_bytes"] = min(r.values["kv_bytes"] for r in dense if r.kv_bytes) / row.kv_bytes
+        found["kv_bytes"] = min(r.kv_bytes for r in dense if r.kv_bytes) / row.kv_bytes
     most = max(r.values.get("largest_batch", 0) for r in dense)
     if most:
         found["largest_batch"] = row.values["largest_batch"] / most

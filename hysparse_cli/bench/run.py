@@ -44,7 +44,7 @@ def bench(
     stamp = {
         "options": options.model_dump(mode="json"),
         "subjects": [asdict(subject) for subject in subjects],
-        "environment": found,
+        **found,
     }
     kept = Kept(output, stamp)
     done = {row.cell for row in kept.rows}

@@ -27,7 +27,7 @@ def cells_of_row(row: Row, ceilings: dict[str, float], ratios: dict[str, float])
     elif row.phase == "memory":
         values = row.values
         cells += [
-            readable(values["kv_bytes"]),
+            "" if values["kv_bytes"] is None else readable(values["kv_bytes"]),
             readable(values["arithmetic_kv_bytes"]),
             _ratio(ratios.get("kv_bytes")),
             readable(values["weight_bytes"]),

@@ -46,6 +46,11 @@ class Worker:
         self._process.start()
         theirs.close()
 
+    @property
+    def process_id(self) -> int:
+        """Of the process as it is; 0 where there is none."""
+        return self._process.pid if self._process is not None else 0
+
     def ask(self, what: Cell | str) -> Any:
         """The process's answer: what was measured, or Failed, also where the process died.
 

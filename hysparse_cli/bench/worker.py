@@ -62,6 +62,7 @@ def serve(connection: Connection, subject: Subject, options: BenchOptions) -> No
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees to it
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    gc.freeze()  # what is imported stays, and need not be searched between turns
     bench = Bench(subject, options)
     while True:
         try:
