@@ -16,10 +16,13 @@ import jsonschema
 import pytest
 
 from hysparse_cli.bench.plots import plots_of
+from hysparse_cli.bench.presets import PRESETS
 from hysparse_cli.bench.run import bench
 from hysparse_cli.bench.subjects import subjects_of
 from hysparse_cli.bench.turns import Worker
+from hysparse_cli.bench.weights import config_of
 from hysparse_cli.bench.worker import Cell, Failed
+from hysparse_cli.kv_cache import kv_cache_of
 from hysparse_cli.recipe import BenchOptions
 from tests.conftest import Hysparse
 
@@ -153,7 +156,10 @@ def check_plots(result: dict[str, Any]) -> None:
             expected = [[r["context_tokens"], r[metric]] for r in rows if r["subject"] == subject]
             assert drawn[subject] == expected
     memory = {line.get_label(): line.get_ydata() for line in plots["memory"].lines}
-    (first, *_), limit = memory["hysparse"], memory["this machine's memory"]
+    (first, *_), limit = (
+        memory["hysparse"],
+        memory[f"all of {result['environment']['device_name']}'s memory"],
+    )
     row = next(r for r in result["rows"] if (r["subject"], r["phase"]) == ("hysparse", "memory"))
     assert first * 2**30 == pytest.approx(row["weight_bytes"] + row["kv_bytes"])
     assert limit[0] * 2**30 == pytest.approx(row["total_bytes"])
@@ -250,6 +256,39 @@ def test_errors_are_one_line(
     run = hysparse("bench", tiny_original, *args)
     assert run.exit_code == exit_code, run.stderr
     assert message in run.stderr and run.stderr.count("\n") == 1 and run.stdout == ""
+
+
+def test_a_config_that_is_nowhere(hysparse: Hysparse) -> None:
+    run = hysparse("bench", "--config", "absent/model/x")
+    assert run.exit_code == 7 and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_the_papers_shapes(preset: str) -> None:
+    wanted = {"paper-7b": (36, 32, 8, "1:3", 10), "paper-80b-a3b": (49, 64, 4, "1:11", 5)}
+    layers, heads, kv_heads, ratio, full = wanted[preset]
+    options = BenchOptions(config=preset, ratio=ratio, context=[131072])
+    subjects = {s.name: s for s in subjects_of(None, options, on_cuda=True)}
+    assert list(subjects) == ["dense-cudnn", "dense-flash", "hybrid-swa", "hysparse"]
+    dense, spec = config_of(subjects["dense-flash"]), subjects["hysparse"].spec
+    assert spec is not None and len(spec.layers.full_layers) == full
+    assert (dense.num_hidden_layers, dense.num_attention_heads) == (layers, heads)
+    assert (dense.num_key_value_heads, dense.head_dim) == (kv_heads, 128)
+    assert kv_cache_of(config_of(subjects["hysparse"])).windows.count(None) == full
+
+
+def test_random_weights_of_a_checkpoint_need_none_and_have_no_longest_context(
+    tiny_converted: Path,
+) -> None:
+    options = BenchOptions(random_weights=True, context=[4096])
+    subjects = subjects_of(str(tiny_converted), options, on_cuda=False)
+    assert [subject.checkpoint for subject in subjects] == [None] * 3
+    assert {subject.config["max_position_embeddings"] for subject in subjects} == {4112}
+    own = BenchOptions(context=[24])
+    subjects = subjects_of(str(tiny_converted), own, on_cuda=False)
+    assert [s.name for s in subjects if s.checkpoint] == ["hysparse"]
+    subjects = subjects_of(str(tiny_converted), own, on_cuda=True)
+    assert [s.backend for s in subjects] == ["cudnn", "flash", "sdpa", "sdpa"]
 
 
 def test_a_converted_checkpoint_keeps_its_pattern(hysparse: Hysparse, tiny_converted: Path) -> None:

@@ -93,7 +93,7 @@ def plots_of(result: dict[str, Any]) -> list[Plot]:
             where = f"{title}, batch {batch}"
             plots.append(Plot(name, f"{phase}: {where}", unit, times.by_subject, log=True))
             plots.append(_speedup(f"{name}-speedup", f"{phase}: {where}", ratios))
-    return [plot for plot in [*plots, _memory(rows, title)] if plot.lines]
+    return [plot for plot in [*plots, _memory(rows, title, device)] if plot.lines]
 
 
 def _speedup(name: str, title: str, ratios: _Lines) -> Plot:
@@ -101,12 +101,12 @@ def _speedup(name: str, title: str, ratios: _Lines) -> Plot:
     return Plot(name, title, "times faster than the best dense", lines, limit=(1.0, "dense"))
 
 
-def _memory(rows: list[dict[str, Any]], title: str) -> Plot:
+def _memory(rows: list[dict[str, Any]], title: str, device: str) -> Plot:
     lines, limit = _Lines(), None
     for row in rows:
         if row["phase"] == "memory":
             lines.add(row, (row["weight_bytes"] + row["arithmetic_kv_bytes"]) / GIB)
-            limit = (row["total_bytes"] / GIB, "this machine's memory")
+            limit = (row["total_bytes"] / GIB, f"all of {device}'s memory")
     what = "weights and KV cache of one sequence, GiB"
     return Plot("memory", f"memory: {title}", what, lines.by_subject, log=True, limit=limit)
 
