@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_utils import AttentionInterface
 
 from hysparse_cli.bench.attention import DENSE_NAME, AttentionPart, dense_attention, listen_to
+from hysparse_cli.bench.break_even import break_even
 from hysparse_cli.bench.clock import Marks, Timing, timed
 from hysparse_cli.bench.decode import Decoding, decode, static_kv_cache
+from hysparse_cli.bench.kernels.lists import local_lists
 from hysparse_cli.bench.prefill import measure_prefill, prefill
 from hysparse_cli.bench.rows import Row, times_dense
 from hysparse_cli.bench.train import measure_train
@@ -186,3 +188,22 @@ def test_ratios_are_to_the_best_dense_subject_of_the_same_cell() -> None:
     rows = [*others, ours, row("dense", 9, 1.0, 1)]
     assert times_dense(ours, rows) == {"time": 3.0, "kv_bytes": 0.25, "largest_batch": 2.0}
     assert times_dense(ours, [ours]) == {}
+
+
+def test_the_break_even_is_between_the_contexts_around_it() -> None:
+    assert break_even({1024: 0.5, 4096: 2.0}) == pytest.approx(2048)
+    assert break_even({512: 2.0, 1024: 0.5, 4096: 2.0, 8192: 4.0}) == pytest.approx(2048)
+    assert break_even({4096: 0.5}) is None and break_even({4096: 1.5}) == 0
+
+
+def test_given_lists_are_what_sparse_layers_read() -> None:
+    model = hysparse_model("qwen3", SPEC)
+    part, ids = listened(model), torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        own = model(ids).logits
+        part.calls, part.lists = [], local_lists(20, 2, 2, 4, torch.Generator().manual_seed(0))
+        given = model(ids).logits
+        state = part.calls[-1].keywords["hysparse"]  # type: ignore[attr-defined]
+        assert state.shared_by(3).block_idx.equal(part.lists.expand(2, -1, -1, -1))
+        part.lists = None
+        assert not given.equal(own) and model(ids).logits.equal(own)

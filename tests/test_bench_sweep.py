@@ -29,12 +29,12 @@ from tests.conftest import Hysparse
 SCHEMA = Path(__file__).parent.parent / "docs" / "schema" / "bench.json"
 BEYOND_ANY_MEMORY = 10**11
 QUICK = ("--decode-tokens", "2", "--warmup", "0", "--repeat", "1")
-ALL = ("--phases", "memory,prefill,decode,train", "--context", "24,48", *QUICK)
+ALL = ("--phases", "memory,prefill,decode,train", "--context", "24,48", "--lists", "local", *QUICK)
 
 TABLES = """\
 converted on cpu (#), torch #
 memory
-tokens subject KV held KV counted x dense weights largest batch x dense
+B x tokens subject KV held KV counted x dense weights largest batch x dense
 # x # dense 12 KiB 12 KiB 1.00x 129 KiB # #x
 hybrid-swa 8 KiB 8 KiB 1.50x 129 KiB # #x
 hysparse 8 KiB 8 KiB 1.50x 132 KiB # #x
@@ -42,7 +42,7 @@ hysparse 8 KiB 8 KiB 1.50x 132 KiB # #x
 hybrid-swa 14 KiB 14 KiB 1.71x 129 KiB # #x
 hysparse 14 KiB 14 KiB 1.71x 132 KiB # #x
 prefill
-tokens subject TTFT ms tokens/s x dense attn ms x dense of floor
+B x tokens subject TTFT ms tok/s x dense attn ms x dense of floor
 # x # dense # # #x # #x #/#
 hybrid-swa # # #x # #x #/#
 hysparse # # #x # #x #/#
@@ -50,7 +50,7 @@ hysparse # # #x # #x #/#
 hybrid-swa # # #x # #x #/#
 hysparse # # #x # #x #/#
 decode
-tokens subject TPOT ms p99 tokens/s x dense attn ms x dense of floor
+B x tokens subject TPOT ms p99 tok/s x dense attn ms x dense of floor
 # x # dense # # # #x # #x #/#
 hybrid-swa # # # #x # #x #/#
 hysparse # # # #x # #x #/#
@@ -58,7 +58,7 @@ hysparse # # # #x # #x #/#
 hybrid-swa # # # #x # #x #/#
 hysparse # # # #x # #x #/#
 train
-tokens subject step ms tokens/s x dense attn ms x dense of floor
+B x tokens subject step ms tok/s x dense attn ms x dense of floor
 # x # dense # # #x # #x #/#
 hybrid-swa # # #x # #x #/#
 hysparse # # #x # #x #/#
@@ -138,7 +138,7 @@ def test_what_is_printed_written_and_drawn_is_the_same(
     lines = list(csv.DictReader(io.StringIO(printed)))
     for line, row in zip(lines, result["rows"], strict=True):
         assert all(str(row[name]) == value for name, value in line.items() if value)
-    assert "| tokens | subject |" in (out / "bench.md").read_text()
+    assert "| B x tokens | subject |" in (out / "bench.md").read_text()
     drawn = {path.stem for path in out.glob("*.png")}
     assert drawn == {plot.name for plot in plots_of(result)}
     assert {"memory", "decode-batch-1", "train-batch-1-speedup"} <= drawn
@@ -246,7 +246,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(
         (["--phases", "decoding"], 3, "bench.phases.0"),
         (["--ratio", "3"], 3, "not of the form 1:N"),
         (["--ratio", "1:3", "--pattern", "FSSF"], 3, "give one"),
-        (["--lists", "x"], 3, "takes no --lists"),
+        (["--ops", "full"], 3, "takes no --ops"),
         (["--format", "xml"], 3, "known: table, json, csv, md"),
     ],
 )

@@ -18,6 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 import hysparse_cli.model.modeling  # noqa: F401 - registers the attention that we stand in for
 from hysparse_cli.bench.clock import Marks
 from hysparse_cli.model.attention import ATTENTION_NAME, hysparse_attention
+from hysparse_cli.model.state import ForwardState, Shared
 
 DENSE_NAME = "hysparse_bench_dense"
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -29,16 +30,21 @@ class AttentionPart:
 
     marks: where begin and end of every call are noted, backward ones too; None where they are not.
     calls: what every call was, ready to be made again; None where they are not kept.
+    lists: (1, T, G, K), which sparse layers attend to in place of what was selected for them; or
+    None. The selection is computed all the same.
     """
 
     def __init__(self, attend: Callable[..., Any]):
         self.attend = attend
         self.marks: Marks | None = None
         self.calls: list[Callable[[], Any]] | None = None
+        self.lists: Tensor | None = None
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> Any:
+        if self.lists is not None and (state := options.get("hysparse")) is not None:
+            _publishes(state, self.lists)
         if self.calls is not None:
             self.calls.append(partial(self.attend, module, query, key, value, mask, **options))
         marks = self.marks
@@ -99,6 +105,17 @@ def dense_attention(
         with sdpa_kernel(backend):
             out = call()
     return out.transpose(1, 2).contiguous(), None
+
+
+def _publishes(state: ForwardState, lists: Tensor) -> None:
+    """Let ``state`` hand on ``lists`` in place of what full layers select."""
+
+    def publish(full_layer: int, shared: Shared) -> None:
+        batch = shared.block_idx.shape[0]
+        given = shared._replace(block_idx=lists.expand(batch, -1, -1, -1))
+        ForwardState.publish(state, full_layer, given)
+
+    state.publish = publish  # type: ignore[method-assign]
 
 
 class _Mark(torch.autograd.Function):

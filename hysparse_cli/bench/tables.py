@@ -2,14 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
+from hysparse_cli.bench.break_even import break_even_notes
 from hysparse_cli.bench.clock import milliseconds
 from hysparse_cli.bench.rows import Row
 
 if TYPE_CHECKING:
     from hysparse_cli.bench.result import Bench
 
-CELL = ("tokens", "subject")
-TIMED = ("tokens/s", "x dense", "attn ms", "x dense", "of floor")
+CELL = ("B x tokens", "subject")
+TIMED = ("tok/s", "x dense", "attn ms", "x dense", "of floor")
 COLUMNS = {
     "memory": (*CELL, "KV held", "KV counted", "x dense", "weights", "largest batch", "x dense"),
     "prefill": (*CELL, "TTFT ms", *TIMED),
@@ -66,17 +67,22 @@ def _timed(row: Row, ceilings: dict[str, float], ratios: dict[str, float]) -> li
 def caption(bench: "Bench") -> list[str]:
     """Who the subjects are, and how the numbers came about, one line each."""
     ceilings, options = bench.ceilings, bench.options
+    lists = {
+        "own": "those the model selects for random tokens",
+        "local": "made up, shared by neighbouring tokens about as far as a trained model's",
+    }
     notes = [_subject_line(subject) for subject in bench.subjects]
     notes += [
         "x dense: times faster, smaller or more than the best dense subject; attn: the attention "
         "calls alone; of floor: how much of the time the model's and the attention's own work "
         f"takes at the least, at {ceilings['bytes_per_second'] / 1e12:.3g} TB/s and "
-        f"{ceilings['flops_per_second'] / 1e12:.3g} TFLOP/s as a copy and a matrix product reached",
+        f"{ceilings['flops_per_second'] / 1e12:.3g} TFLOP/s as a copy and a matrix product reached "
+        "(more than 100%: from a cache)",
         f"times: median ± half the range; {options.warmup} to warm up and {options.repeat} "
         f"measured, in turns; decode: {options.decode_tokens} steps each, at that many tokens in a "
-        "static cache",
+        f"static cache; blocks read: {lists.get(options.lists, options.lists)}",
     ]
-    return notes + _break_even(bench)
+    return notes + break_even_notes(bench)
 
 
 def _subject_line(subject: dict[str, Any]) -> str:
@@ -88,30 +94,6 @@ def _subject_line(subject: dict[str, Any]) -> str:
     return f"{subject['subject']}: {', '.join(parts)}" + (
         f", kernels: {kernels}" if kernels else ""
     )
-
-
-def _break_even(bench: "Bench") -> list[str]:
-    """From which of the measured contexts on HySparse is faster than dense."""
-    notes = []
-    cells = {(row.phase, row.batch): None for row in bench.rows if row.subject == "hysparse"}
-    for phase, batch in cells:
-        rows = [
-            row
-            for row in bench.rows
-            if (row.subject, row.phase, row.batch) == ("hysparse", phase, batch)
-        ]
-        ratios = {row.context: bench.times_dense(row).get("time") for row in rows}
-        known = {context: ratio for context, ratio in ratios.items() if ratio is not None}
-        slower = [context for context, ratio in known.items() if ratio < 1]
-        if not slower:
-            continue
-        faster = [context for context in sorted(known) if context > max(slower)]
-        since = f"from {faster[0]:,} tokens on" if faster else "at no context measured"
-        notes.append(
-            f"{phase}, batch {batch}: hysparse is slower than dense at {max(slower):,} tokens, and "
-            f"faster {since}"
-        )
-    return notes
 
 
 def readable(count: int) -> str:

@@ -4,15 +4,18 @@ import gc
 import signal
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from hysparse_cli.bench.attention import DENSE_NAME, listen_to
 from hysparse_cli.bench.ceilings import measured_ceilings
 from hysparse_cli.bench.decode import decode
+from hysparse_cli.bench.kernels.lists import local_lists, read_lists
 from hysparse_cli.bench.kernels.run import FAILURES
 from hysparse_cli.bench.memory import confirm, measure_memory
 from hysparse_cli.bench.prefill import measure_prefill
@@ -135,6 +138,7 @@ class Bench:
     def _timed(self, cell: Cell) -> dict[str, Any]:
         model, options = self._model(), self.options
         context, batch, seed = cell.context, cell.batch, options.seed
+        self.part.lists = self._lists(cell)
         if cell.phase == "prefill":
             counted = batch * kv_cache_of(model.config).total_bytes(context, model.dtype.itemsize)
             found = measure_prefill(model, self.part, context, batch, seed)
@@ -144,6 +148,18 @@ class Bench:
             return decode(model, self.part, context, batch, steps=steps, seed=seed)
         checkpointing = options.gradient_checkpointing
         return measure_train(model, self.part, context, batch, seed, checkpointing=checkpointing)
+
+    def _lists(self, cell: Cell) -> Tensor | None:
+        """What sparse layers are to attend to where it is not what the model selects: only where
+        many queries might share blocks."""
+        options, spec = self.options, self.subject.spec
+        if options.lists == "own" or cell.phase == "decode" or spec is None or not spec.selects:
+            return None
+        kv_heads = kv_cache_of(config_of(self.subject)).num_kv_heads
+        sizes = (cell.context, kv_heads, spec.top_k_blocks, spec.block_size)
+        if options.lists == "local":
+            return local_lists(*sizes, torch.Generator(self.device).manual_seed(options.seed))
+        return read_lists(Path(options.lists), *sizes).to(self.device)
 
     def _memory(self, cell: Cell) -> dict[str, Any]:
         shape, dtype = Shape(self._unallocated()), torch_dtype(self.subject, self.options.dtype)
@@ -183,7 +199,7 @@ class Bench:
     def _free(self) -> None:
         if self._weights is not None:
             self._weights.park()
-        self.part.marks = self.part.calls = None
+        self.part.marks = self.part.calls = self.part.lists = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -69,7 +69,11 @@ def bench(
         typer.Option("--gradient-checkpointing", help="train: compute activations twice."),
     ] = None,
     lists: Annotated[
-        str | None, typer.Option(help="kernels: a file of inspect-topk.  [default: made up]")
+        str | None,
+        typer.Option(
+            help="Blocks that sparse layers read: own, local or a file of inspect-topk; kernels: a "
+            "file.  [default: own; kernels: made up]"
+        ),
     ] = None,
     ops: Annotated[
         str | None, typer.Option(help="kernels: full,block-sparse,window,layer,decode.")
@@ -95,7 +99,7 @@ def bench(
     if checkpoint == "kernels":
         _kernels(flags, format_)
         return
-    not_for("bench of a model", flags, "lists", "ops")
+    not_for("bench of a model", flags, "ops")
     flags["batch"] = integer_list("batch", batch)
     flags |= {"phases": phases and phases.split(","), "subjects": subjects and subjects.split(",")}
     options = load_section(BenchOptions, recipe, assignments, flags)

@@ -26,7 +26,10 @@ class BenchOptions(Section):
     weights.
 
     Each phase is measured at each context and batch, ``warmup`` and then ``repeat`` times;
-    ``decode_tokens`` is how many steps of decoding each time.
+    ``decode_tokens`` is how many steps of decoding each time. ``lists`` says which blocks sparse
+    layers read in prefill and training: "own" are those that the model selects (with random weights
+    neighbouring tokens then share next to none, the worst case), "local" are made up, shared by
+    neighbours about as far as a trained model's, or a file of ``inspect-topk --lists``.
     """
 
     config: str | None = None
@@ -46,6 +49,7 @@ class BenchOptions(Section):
     warmup: Annotated[int, Field(ge=0)] = 1
     repeat: Positive = 3
     gradient_checkpointing: bool = False
+    lists: str = "own"
     dtype: Dtype = "auto"
     device: Device = "auto"
     seed: int = 0
