@@ -73,9 +73,11 @@ def serve(connection: Connection, subject: Subject, options: BenchOptions) -> No
         except EOFError:
             return
         answer = bench.answer(asked)
-        connection.send(answer)
         if isinstance(answer, Failed) and answer.ended:
+            connection.send(answer)
             return
+        bench.free()  # before the next subject has its turn
+        connection.send(answer)
 
 
 class Bench:
@@ -105,8 +107,6 @@ class Bench:
             if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
                 return Failed(OUT_OF_MEMORY)
             return Failed(_reason(error), ended=True)
-        finally:
-            self._free()
 
     def about(self) -> dict[str, Any]:
         """What the subject is, for people who read its numbers."""
@@ -196,7 +196,8 @@ class Bench:
         k = torch.empty(1, 1, heads.num_kv_heads, heads.head_dim, **like)
         return {op: str(choose(Call(op, q, k, k, spec.block_size))) for op in OPS}
 
-    def _free(self) -> None:
+    def free(self) -> None:
+        """Leave the device's memory to others."""
         if self._weights is not None:
             self._weights.park()
         self.part.marks = self.part.calls = self.part.lists = None
