@@ -10,6 +10,13 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 SIZE_INCHES = (6.4, 4.2)
 DOTS_PER_INCH = 130
+COLORS = {
+    "dense": "C0",
+    "dense-cudnn": "C0",
+    "dense-flash": "C1",
+    "hybrid-swa": "C2",
+    "hysparse": "C3",
+}
 TIMES = {
     "prefill": ("median_ttft_ms", "time to first token, ms"),
     "decode": ("median_tpot_ms", "time per output token, ms"),
@@ -33,13 +40,15 @@ class Plot:
 
     def figure(self) -> "Figure":
         from matplotlib.figure import Figure
-        from matplotlib.ticker import NullFormatter, NullLocator
+        from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
         figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
         axes = figure.add_subplot()
         for subject, points in self.lines.items():
             xs, ys = zip(*points, strict=True)
-            axes.plot(xs, ys, marker="o", label=subject)
+            name, _, part = subject.partition(", ")
+            style = {"color": COLORS.get(name), "linestyle": ":" if part else "-"}
+            axes.plot(xs, ys, marker="o", label=subject, **style)
         if self.limit is not None:
             axes.axhline(self.limit[0], color="black", linestyle="--", label=self.limit[1])
         axes.set_xscale("log", base=2)
@@ -48,7 +57,8 @@ class Plot:
         axes.xaxis.set_minor_locator(NullLocator())
         if self.log:
             axes.set_yscale("log")
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         else:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("context, tokens")
@@ -77,7 +87,8 @@ class _Lines:
 def plots_of(result: dict[str, Any]) -> list[Plot]:
     """The plots of what ``Bench.as_json`` gives; one that would be empty is left out."""
     rows = [row for row in result["rows"] if row["error"] is None]
-    device = result["environment"]["device_name"]
+    environment = result["environment"]
+    device = environment["device_name"] if environment["device"] == "cuda" else "this machine"
     title = f"{result['model'].rstrip('/').rpartition('/')[2]}, {device}"
     plots = []
     for phase, (metric, unit) in TIMES.items():
@@ -106,7 +117,7 @@ def _memory(rows: list[dict[str, Any]], title: str, device: str) -> Plot:
     for row in rows:
         if row["phase"] == "memory":
             lines.add(row, (row["weight_bytes"] + row["arithmetic_kv_bytes"]) / GIB)
-            limit = (row["total_bytes"] / GIB, f"all of {device}'s memory")
+            limit = (row["total_bytes"] / GIB, f"memory of {device}")
     what = "weights and KV cache of one sequence, GiB"
     return Plot("memory", f"memory: {title}", what, lines.by_subject, log=True, limit=limit)
 

@@ -82,7 +82,17 @@ def caption(bench: "Bench") -> list[str]:
         f"measured, in turns; decode: {options.decode_tokens} steps each, at that many tokens in a "
         f"static cache; blocks read: {lists.get(options.lists, options.lists)}",
     ]
-    return notes + break_even_notes(bench)
+    return [*notes, *break_even_notes(bench), _stamp(bench.environment)]
+
+
+def _stamp(environment: dict[str, Any]) -> str:
+    names = ("driver", "cuda", "triton", "transformers", "hysparse", "commit")
+    known = [f"{name} {environment[name]}" for name in names if environment[name]]
+    readings = [reading for reading in environment["clocks"] if reading]
+    if readings:
+        clocks = " to ".join(f"{reading.get('sm_clock_mhz', 0):,.0f}" for reading in readings)
+        known.append(f"SM clock {clocks} MHz before and after")
+    return ", ".join(known)
 
 
 def _subject_line(subject: dict[str, Any]) -> str:
