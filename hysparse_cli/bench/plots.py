@@ -47,8 +47,8 @@ class Plot:
         for subject, points in self.lines.items():
             xs, ys = zip(*points, strict=True)
             name, _, part = subject.partition(", ")
-            style = {"color": COLORS.get(name), "linestyle": ":" if part else "-"}
-            axes.plot(xs, ys, marker="o", label=subject, **style)
+            style = ":" if part else "-"
+            axes.plot(xs, ys, style, color=COLORS.get(name), marker="o", label=subject)
         if self.limit is not None:
             axes.axhline(self.limit[0], color="black", linestyle="--", label=self.limit[1])
         axes.set_xscale("log", base=2)
