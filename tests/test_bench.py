@@ -17,7 +17,7 @@ from hysparse_cli.bench.decode import Decoding, decode, static_kv_cache
 from hysparse_cli.bench.kernels.lists import local_lists
 from hysparse_cli.bench.prefill import measure_prefill, prefill
 from hysparse_cli.bench.rows import Row, times_dense
-from hysparse_cli.bench.train import measure_train
+from hysparse_cli.bench.train import _switch_checkpointing, measure_train
 from hysparse_cli.bench.work import Shape, Work, work_of
 from hysparse_cli.kv_cache import held_kv_bytes
 from hysparse_cli.loading import load
@@ -118,10 +118,16 @@ def test_dense_attention_is_the_models_own_and_says_what_it_can_not_do() -> None
         dense_attention(None, q, k, k, None, backend=None, s_aux=sinks, sliding_window=2)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layout", ["dense", "hysparse"])
-def test_listening_changes_no_gradient_and_hears_every_call(layout: str) -> None:
+def test_listening_changes_no_gradient_and_hears_every_call(
+    layout: str, checkpointing: bool
+) -> None:
     model = dense_model("qwen3") if layout == "dense" else hysparse_model("qwen3", SPEC)
     part, ids = listened(model), torch.arange(3, 43).view(2, 20)
+    model.train()
+    if checkpointing:
+        _switch_checkpointing(model, "enable", {"use_reentrant": False})
 
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
@@ -131,7 +137,8 @@ def test_listening_changes_no_gradient_and_hears_every_call(layout: str) -> None
     plain = gradients()
     part.marks = Marks(ids.device)
     heard = gradients()
-    assert len(part.marks.spans_ms()) == 2 * 5  # layers, forward and backward
+    passes = 3 if checkpointing else 2  # forward, once more, and backward
+    assert len(part.marks.spans_ms()) == passes * 5
     assert len(plain) == len(heard) and all(map(torch.equal, plain, heard))
 
 

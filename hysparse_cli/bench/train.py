@@ -21,7 +21,7 @@ def measure_train(
     input_ids = random_ids(model, context, batch, seed)
     model.train()
     if checkpointing:
-        _named(model, "enable")({"use_reentrant": False})
+        _switch_checkpointing(model, "enable", {"use_reentrant": False})
     part.marks = Marks(input_ids.device)
     try:
         _, step = timed(lambda: _step(model, input_ids), input_ids.device)
@@ -30,7 +30,7 @@ def measure_train(
         part.marks = None
         model.zero_grad()
         if checkpointing:
-            _named(model, "disable")()
+            _switch_checkpointing(model, "disable")
         model.eval()
     return {"steps_ms": [step], "attentions_ms": [attention]}
 
@@ -42,7 +42,7 @@ def _step(model: Any, input_ids: Tensor) -> None:
     next_token_sums(model, batch).total.backward()  # type: ignore[no-untyped-call]
 
 
-def _named(model: Any, what: str) -> Any:
-    """transformers' method, which 5.17 has by its old name alone."""
+def _switch_checkpointing(model: Any, what: str, *options: Any) -> None:
+    """By transformers' method, which 5.17 has by its old name alone."""
     new = getattr(model, f"activation_checkpointing_{what}", None)
-    return new or getattr(model, f"gradient_checkpointing_{what}")
+    (new or getattr(model, f"gradient_checkpointing_{what}"))(*options)

@@ -2,6 +2,7 @@
 
 import gc
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -67,17 +68,14 @@ def serve(connection: Connection, subject: Subject, options: BenchOptions) -> No
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     gc.freeze()  # what is imported stays, and need not be searched between turns
     bench = Bench(subject, options)
-    while True:
-        try:
-            asked = connection.recv()
-        except EOFError:
-            return
-        answer = bench.answer(asked)
-        if isinstance(answer, Failed) and answer.ended:
+    with suppress(EOFError, ConnectionError):
+        while True:
+            answer = bench.answer(connection.recv())
+            if isinstance(answer, Failed) and answer.ended:
+                connection.send(answer)
+                return
+            bench.free()  # before the next subject has its turn
             connection.send(answer)
-            return
-        bench.free()  # before the next subject has its turn
-        connection.send(answer)
 
 
 class Bench:
