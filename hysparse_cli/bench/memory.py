@@ -11,6 +11,7 @@ from hysparse_cli.devices import is_out_of_memory
 from hysparse_cli.kv_cache import held_kv_bytes
 
 MOST_ON_CPU = 1 << 30  # bytes: a plan must not fill a laptop's memory
+RESERVE = 1 << 30  # bytes that kernels and libraries take beside tensors
 TRIES = 50  # at most, each with 2% less
 
 
@@ -24,6 +25,7 @@ def measure_memory(
     """
     free, total = memory_of(device)
     counted = static_kv_cache(config).total_bytes(context, dtype.itemsize)
+    reserve = RESERVE if device.type == "cuda" else 0
     held = None
     if counted <= (free if device.type == "cuda" else min(free, MOST_ON_CPU)):
         held = held_kv_bytes(static_cache(config, context, 1, dtype, device))
@@ -33,7 +35,7 @@ def measure_memory(
         "weight_bytes": weight_bytes,
         "free_bytes": free,
         "total_bytes": total,
-        "largest_batch": max(0, (free - weight_bytes) // counted),
+        "largest_batch": max(0, (free - reserve - weight_bytes) // counted),
         "largest_batch_is": "arithmetic",
     }
 

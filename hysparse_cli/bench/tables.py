@@ -101,9 +101,9 @@ def _subject_line(subject: dict[str, Any]) -> str:
     kernels = "; ".join(sorted(set(subject["kernels"].values())))
     weights = "random weights" if subject["weights"] == "random" else subject["weights"]
     parts = [subject["attention"], subject["dtype"], weights]
-    return f"{subject['subject']}: {', '.join(parts)}" + (
-        f", kernels: {kernels}" if kernels else ""
-    )
+    if kernels:
+        parts.append(f"kernels: {kernels}")
+    return f"{subject['subject']}: {', '.join(parts)}"
 
 
 def readable(count: int) -> str:

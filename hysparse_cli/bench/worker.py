@@ -4,6 +4,7 @@ import gc
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -67,19 +68,19 @@ def serve(connection: Connection, subject: Subject, options: BenchOptions) -> No
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     gc.freeze()  # what is imported stays, and need not be searched between turns
-    bench = Bench(subject, options)
+    ready = ReadySubject(subject, options)
     with suppress(EOFError, ConnectionError):
         while True:
-            answer = bench.answer(connection.recv())
+            answer = ready.answer(connection.recv())
             if isinstance(answer, Failed) and answer.ended:
                 connection.send(answer)
                 return
-            bench.free()  # before the next subject has its turn
+            ready.free()  # before the next subject has its turn
             connection.send(answer)
 
 
-class Bench:
-    """One subject, ready to be measured."""
+class ReadySubject:
+    """One subject, as its process measures it."""
 
     def __init__(self, subject: Subject, options: BenchOptions):
         self.subject, self.options = subject, options
@@ -126,8 +127,7 @@ class Bench:
             found = self._memory(cell)
         else:
             found = self._timed(cell)
-            shape = Shape(self._unallocated())
-            whole, attention = work_of(shape, cell.phase, cell.context, cell.batch)
+            whole, attention = work_of(self._shape, cell.phase, cell.context, cell.batch)
             found |= {"work": whole, "attention_work": attention}
         if self.device.type == "cuda":
             found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
@@ -160,13 +160,12 @@ class Bench:
         return read_lists(Path(options.lists), *sizes).to(self.device)
 
     def _memory(self, cell: Cell) -> dict[str, Any]:
-        shape, dtype = Shape(self._unallocated()), torch_dtype(self.subject, self.options.dtype)
-        config = config_of(self.subject)
-        found = measure_memory(config, shape.weight_bytes, cell.context, dtype, self.device)
+        config, weight_bytes = config_of(self.subject), self._shape.weight_bytes
+        dtype = torch_dtype(self.subject, self.options.dtype)
+        found = measure_memory(config, weight_bytes, cell.context, dtype, self.device)
         if self.device.type == "cuda":
-            largest = confirm(
-                self._model(), cell.context, found["largest_batch"], self.options.seed
-            )
+            largest = found["largest_batch"]
+            largest = confirm(self._model(), cell.context, largest, self.options.seed)
             found |= {"largest_batch": largest, "largest_batch_is": "confirmed"}
         return found
 
@@ -177,6 +176,10 @@ class Bench:
             self._weights = Weights(self.subject, options.dtype, self.device, options.seed)
         self._weights.restore()
         return self._weights.model
+
+    @cached_property
+    def _shape(self) -> Shape:
+        return Shape(self._unallocated())
 
     def _unallocated(self) -> Any:
         auto: Any = AutoModelForCausalLM
