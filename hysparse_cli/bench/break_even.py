@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hysparse_cli.bench.result import Bench
 
-WHAT = {"time": "the model", "attention": "its attention alone"}
+WHAT = {"time": "the model", "attention": "the attention alone"}
 
 
 def break_even(ratios: Mapping[int, float]) -> float | None:
@@ -35,20 +35,21 @@ def break_even_notes(bench: "Bench") -> list[str]:
     ours = [row for row in bench.rows if row.subject == "hysparse" and row.time is not None]
     for phase, batch in dict.fromkeys((row.phase, row.batch) for row in ours):
         rows = [row for row in ours if (row.phase, row.batch) == (phase, batch)]
-        said = []
+        said: dict[str, list[str]] = {}
         for what, name in WHAT.items():
             found = {row.context: bench.times_dense(row).get(what) for row in rows}
             ratios = {context: ratio for context, ratio in found.items() if ratio is not None}
             if ratios:
-                said.append(f"{name} {_words(break_even(ratios), max(ratios))}")
-        if said:
-            notes.append(f"hysparse, {phase}, batch {batch}: {', '.join(said)}")
+                said.setdefault(_words(break_even(ratios), max(ratios)), []).append(name)
+        parts = [f"{' and '.join(names)} {words}" for words, names in said.items()]
+        if parts:
+            notes.append(f"hysparse, {phase}, batch {batch}: {', '.join(parts)}")
     return notes
 
 
 def _words(tokens: float | None, longest: int) -> str:
     if tokens is None:
-        return f"is slower than dense up to {longest:,} tokens"
+        return f"slower than dense up to {longest:,} tokens"
     if tokens == 0:
-        return "is faster than dense throughout"
-    return f"overtakes dense at about {float(f'{tokens:.2g}'):,.0f} tokens"
+        return "faster than dense throughout"
+    return f"faster than dense from about {float(f'{tokens:.2g}'):,.0f} tokens on"

@@ -23,9 +23,11 @@ class Timing:
         return statistics.median(self.samples_ms)
 
     def percentile(self, rank: int) -> float:
-        """The nearest sample, ``rank`` from 0 to 100."""
+        """``rank`` from 0 to 100; between two samples in proportion, so that 50 is the median."""
         ordered = sorted(self.samples_ms)
-        return ordered[round(rank / 100 * (len(ordered) - 1))]
+        place, part = divmod(rank / 100 * (len(ordered) - 1), 1)
+        low, high = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
+        return low + part * (high - low)
 
     def __str__(self) -> str:
         half_range = (max(self.samples_ms) - min(self.samples_ms)) / 2

@@ -50,7 +50,7 @@ def _timed(row: Row, ceilings: dict[str, float], ratios: dict[str, float]) -> li
     fractions = [row.of_floor(what, ceilings) for what in ("work", "attention_work")]
     cells = [str(row.time)]
     if row.phase == "decode":
-        cells = [milliseconds(row.time.percentile(rank)) for rank in (50, 99)]
+        cells = [milliseconds(time) for time in (row.time.median, row.time.percentile(99))]
     cells += [
         f"{row.tokens_per_second():,.0f}",
         _ratio(ratios.get("time")),
