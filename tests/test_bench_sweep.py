@@ -255,6 +255,11 @@ def test_errors_are_one_line(
     assert message in run.stderr and run.stderr.count("\n") == 1 and run.stdout == ""
 
 
+def test_kernels_have_no_csv(hysparse: Hysparse) -> None:
+    run = hysparse("bench", "kernels", "--format", "csv")
+    assert run.exit_code == 3 and "no csv" in run.stderr
+
+
 def test_a_config_that_is_nowhere(hysparse: Hysparse) -> None:
     run = hysparse("bench", "--config", "absent/model/x")
     assert run.exit_code == 7 and run.stderr.count("\n") == 1

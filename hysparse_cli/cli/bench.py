@@ -97,6 +97,8 @@ def bench(
     flags = locals() | {"context": token_counts("context", context), "against": against or None}
     format_ = "json" if as_json else format_
     if checkpoint == "kernels":
+        if format_ == "csv":
+            raise InvalidRecipe("bench kernels has no csv: use --format table, json or md")
         _kernels(flags, format_)
         return
     not_for("bench of a model", flags, "ops")
@@ -126,8 +128,6 @@ def _kernels(flags: dict[str, Any], format_: str) -> None:
         found = bench_kernels(options, advance, keep)
     if format_ == "md":
         sys.stdout.write(found.markdown())
-    elif format_ == "csv":
-        raise InvalidRecipe("bench kernels has no csv: use --format table, json or md")
     else:
         show(found, as_json=format_ == "json")
     if found.failures():
