@@ -33,9 +33,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## KV bytes, prefill and decode of the demo model, on whatever device there is
+bench: $(READY) ## memory, prefill and decode of the demo model and its peers, on whatever device there is
 	$(BIN)/hysparse convert examples/demo-model demo-out/bench --recipe recipes/demo.yaml --overwrite
-	$(BIN)/hysparse bench demo-out/bench --against examples/demo-model --context 512,1024
+	$(BIN)/hysparse bench demo-out/bench --context 512,1024
 
 clean:
 	rm -rf .venv demo-out .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache

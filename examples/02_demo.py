@@ -45,13 +45,14 @@ names = ("hysparse", "hybrid-swa", "hysparse-healed", "hybrid-swa-healed")
 models = [DENSE, *(OUT / name for name in names)]
 scores = json.loads(hysparse("eval", *models, "--json"))["checkpoints"]
 against = [word for model in models[1:] for word in ("--against", model)]
-rows = json.loads(hysparse("bench", DENSE, *against, "--json"))["rows"]
-held = {row["checkpoint"]: row["allocated_kv_bytes"] for row in rows}
+only = ("--subjects", "dense", "--phases", "prefill", "--json")
+rows = json.loads(hysparse("bench", DENSE, *against, *only))["rows"]
+held = [row["kv_bytes"] for row in rows]
 lengths = [f"{cell['tokens']} tokens" for cell in scores[0]["retrieval"]]
 table = Table("Recall from the context", *lengths, "KV bytes")
-for model, score in zip(models, scores, strict=True):
+for model, score, kv_bytes in zip(models, scores, held, strict=True):
     recall = [f"{cell['correct'] / cell['questions']:.0%}" for cell in score["retrieval"]]
-    table.add_row(model.name, *recall, f"{held[str(model)]:,}")
+    table.add_row(model.name, *recall, f"{kv_bytes:,}")
 Console().print(table)
 
 hysparse("inspect-topk", OUT / "hysparse-healed", "--data", OUT / "recall.jsonl")

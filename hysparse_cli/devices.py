@@ -11,10 +11,10 @@ from hysparse_cli.errors import OutOfResources
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether ``error`` says that memory ran out, on the GPU or on the CPU."""
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "can't allocate memory" in str(error)
-        or "CUDA out of memory" in str(error)
+    said = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in said
+        for words in ("can't allocate memory", "out of memory", "cublas_status_alloc_failed")
     )
 
 

@@ -19,13 +19,16 @@ class Source:
     revision: str | None = None
 
 
-def locate(model: str, *, revision: str | None = None, with_code: bool = False) -> Source:
+def locate(
+    model: str, *, revision: str | None = None, with_code: bool = False, weights: bool = True
+) -> Source:
     """The folder ``model``, or what the hub holds under that id, downloaded into the hub's cache.
 
     Args:
         model: a folder or a hub id such as ``Qwen/Qwen3-0.6B``.
         revision: the branch, tag or commit of a hub id.
         with_code: download Python files too.
+        weights: download weights and tokenizer; without, config.json alone.
     Raises: UnreadableInput where there is neither, or the hub can't be reached.
     """
     folder = Path(model).expanduser()
@@ -33,13 +36,13 @@ def locate(model: str, *, revision: str | None = None, with_code: bool = False) 
         return Source(model, folder)
     if not _HUB_ID.fullmatch(model) or model.endswith((".git", ".safetensors")):
         raise UnreadableInput(f"{model}: no such folder, and not the form of a hub id (owner/name)")
-    return _download(model, revision, with_code)
+    patterns = [*SIDE_FILES, *(CODE_FILES if with_code else ()), "*.safetensors"]
+    return _download(model, revision, patterns if weights else ["config.json"])
 
 
-def _download(model: str, revision: str | None, with_code: bool) -> Source:
+def _download(model: str, revision: str | None, patterns: list[str]) -> Source:
     from huggingface_hub import errors, snapshot_download
 
-    patterns = [*SIDE_FILES, *(CODE_FILES if with_code else ()), "*.safetensors"]
     at = f" at revision {revision!r}" if revision else ""
     try:
         folder = snapshot_download(model, revision=revision, allow_patterns=patterns)

@@ -22,10 +22,16 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.samples_ms)
 
+    def percentile(self, rank: int) -> float:
+        """``rank`` from 0 to 100; between two samples in proportion, so that 50 is the median."""
+        ordered = sorted(self.samples_ms)
+        place, part = divmod(rank / 100 * (len(ordered) - 1), 1)
+        low, high = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
+        return low + part * (high - low)
+
     def __str__(self) -> str:
         half_range = (max(self.samples_ms) - min(self.samples_ms)) / 2
-        digits = max(0, 2 - int(math.log10(max(self.median, 1e-9))))
-        return f"{self.median:,.{digits}f} ±{half_range / self.median:.0%}"
+        return f"{milliseconds(self.median)} ±{half_range / self.median:.0%}"
 
     def as_json(self, metric: str) -> dict[str, float | list[float]]:
         """Named as in vLLM's benches, such as ``median_ttft_ms``."""
@@ -33,10 +39,19 @@ class Timing:
             f"median_{metric}_ms": self.median,
             f"mean_{metric}_ms": statistics.fmean(self.samples_ms),
             f"std_{metric}_ms": statistics.pstdev(self.samples_ms),
+            f"p50_{metric}_ms": self.percentile(50),
+            f"p90_{metric}_ms": self.percentile(90),
+            f"p99_{metric}_ms": self.percentile(99),
             f"min_{metric}_ms": min(self.samples_ms),
             f"max_{metric}_ms": max(self.samples_ms),
             f"{metric}s_ms": self.samples_ms,
         }
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, or all before the point."""
+    digits = max(0, 2 - math.floor(math.log10(max(value, 1e-9))))
+    return f"{value:,.{digits}f}"
 
 
 def timed(work: Callable[[], R], device: torch.device) -> tuple[R, float]:
@@ -46,6 +61,30 @@ def timed(work: Callable[[], R], device: torch.device) -> tuple[R, float]:
     result = work()
     _wait_for(device)
     return result, 1e3 * (time.perf_counter() - begin)
+
+
+class Marks:
+    """Begins and ends noted along a device's queue, in turns, without waiting for it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._events: list[torch.cuda.Event] = []
+        self._seconds: list[float] = []
+
+    def mark(self) -> None:
+        if self.device.type != "cuda":
+            self._seconds.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append(event)
+
+    def spans_ms(self) -> list[float]:
+        """Milliseconds of each begin to its end, once the device has come so far."""
+        _wait_for(self.device)
+        events, seconds = iter(self._events), iter(self._seconds)
+        by_events = [begin.elapsed_time(end) for begin, end in zip(events, events, strict=True)]
+        return by_events + [1e3 * (e - b) for b, e in zip(seconds, seconds, strict=True)]
 
 
 def _wait_for(device: torch.device) -> None:

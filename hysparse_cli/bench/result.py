@@ -1,129 +1,127 @@
-"""What ``hysparse bench`` found, as a table and as JSON."""
+"""What ``hysparse bench`` found: JSON, CSV, and tables for people in a terminal or in Markdown."""
 
+import csv
+import io
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hysparse_cli.bench.clock import Timing
+from hysparse_cli.bench.plots import plots_of
+from hysparse_cli.bench.rows import Row, times_dense
+from hysparse_cli.bench.tables import COLUMNS, caption, cells_of_row
 from hysparse_cli.loading import short_names
 from hysparse_cli.recipe import BenchOptions
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
-SCHEMA = "hysparse.bench/1"
-OUT_OF_MEMORY = "out of memory"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A checkpoint that is measured; ``kernels`` is the backend chosen for each op, if any."""
-
-    checkpoint: str
-    attention: str
-    dtype: str
-    kernels: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One checkpoint at one context and batch; ``allocated``, ``ttft`` and ``tpot`` are None where
-    memory ran out."""
-
-    checkpoint: str
-    context: int
-    batch: int
-    arithmetic_kv_bytes: int
-    allocated_kv_bytes: int | None
-    ttft: Timing | None
-    tpot: Timing | None
-
-    def as_json(self) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "checkpoint": self.checkpoint,
-            "context_tokens": self.context,
-            "batch": self.batch,
-            "arithmetic_kv_bytes": self.arithmetic_kv_bytes,
-            "allocated_kv_bytes": self.allocated_kv_bytes,
-            "error": None,
-        }
-        if self.ttft is None or self.tpot is None:
-            return {**row, "error": OUT_OF_MEMORY}
-        throughput = 1e3 * self.batch / self.tpot.median
-        return {
-            **row,
-            **self.ttft.as_json("ttft"),
-            **self.tpot.as_json("tpot"),
-            "output_throughput": throughput,
-        }
+SCHEMA = "hysparse.bench/2"
 
 
 @dataclass(frozen=True)
 class Bench:
-    """All measurements, the subjects in the order given: the checkpoint, then those it is against.
+    """All rows, and what they must be read with.
 
-    environment: the device and versions (devices.py).
+    model: the checkpoint or config. environment: stamp.py's, with the clocks before and after.
+    ceilings: ceilings.py's. subjects: what each is, in the order of the rows.
     """
 
+    model: str
     options: BenchOptions
     environment: dict[str, Any]
-    subjects: list[Subject]
-    rows: list[Measurement]
+    ceilings: dict[str, float]
+    subjects: list[dict[str, Any]]
+    rows: list[Row]
 
-    def table(self) -> "Table":
-        from rich import box
-        from rich.table import Table
+    def phases(self) -> list[str]:
+        return list(dict.fromkeys(row.phase for row in self.rows))
 
-        env = self.environment
-        title = f"{env['device']} ({env['device_name']}), torch {env['torch']}"
-        table = Table(
-            title=f"Measured on {title}",
-            title_justify="left",
-            caption=self._caption(),
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-        )
-        columns = ("context", "batch", "KV held", "counted", "TTFT ms", "TPOT ms")
-        table.add_column("checkpoint")
-        for name in columns:
-            table.add_column(name, justify="right", no_wrap=True)
-        names = self._names()
-        for row in self.rows:
-            first = row.checkpoint == self.subjects[0].checkpoint
-            if first and row is not self.rows[0] and len(names) > 1:
-                table.add_section()
-            cells = [names[row.checkpoint], f"{row.context:,}", f"{row.batch:,}"]
-            if row.allocated_kv_bytes is None:
-                cells += [OUT_OF_MEMORY, _bytes(row.arithmetic_kv_bytes), "", ""]
-            else:
-                sizes = (row.allocated_kv_bytes, row.arithmetic_kv_bytes)
-                cells += [*map(_bytes, sizes), str(row.ttft), str(row.tpot)]
-            table.add_row(*cells)
-        return table
+    def times_dense(self, row: Row) -> dict[str, float]:
+        return times_dense(row, self.rows)
 
     def as_json(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
+            "model": self.model,
             "options": self.options.model_dump(mode="json"),
             "environment": self.environment,
-            "subjects": [vars(subject) for subject in self.subjects],
-            "rows": [row.as_json() for row in self.rows],
+            "ceilings": self.ceilings,
+            "subjects": self.subjects,
+            "rows": [row.as_json(self.ceilings, self.times_dense(row)) for row in self.rows],
         }
 
-    def _names(self) -> dict[str, str]:
-        checkpoints = [subject.checkpoint for subject in self.subjects]
-        return dict(zip(checkpoints, short_names(checkpoints), strict=True))
+    def as_csv(self) -> str:
+        """A line a row; samples are left to the JSON."""
+        rows = [
+            {name: value for name, value in row.items() if not isinstance(value, list)}
+            for row in self.as_json()["rows"]
+        ]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
 
-    def _caption(self) -> str:
-        names = self._names()
-        lines = []
-        for subject in self.subjects:
-            ops = sorted(set(subject.kernels.values()))
-            kernels = f", kernels: {'; '.join(ops)}" if ops else ""
-            name = names[subject.checkpoint]
-            lines.append(f"{name}: {subject.attention}, {subject.dtype}{kernels}")
-        repeats = f"median of {self.options.repeat} ± half their range"
-        return "\n".join([*lines, f"{repeats}; TPOT over {self.options.decode_tokens} tokens"])
+    def markdown(self) -> str:
+        lines = [f"{self._title()}.", ""]
+        for phase in self.phases():
+            names = COLUMNS[phase]
+            lines += [f"**{phase}**", "", f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+            lines += [f"| {' | '.join(cells)} |" for _, cells in self._cells(phase)]
+            lines.append("")
+        return "\n".join([*lines, *(f"- {note}" for note in caption(self))]) + "\n"
 
+    def write(self, folder: Path) -> None:
+        """bench.json, bench.csv, bench.md and the plots, into a folder that is there."""
+        (folder / "bench.json").write_text(json.dumps(self.as_json(), indent=1) + "\n")
+        (folder / "bench.csv").write_text(self.as_csv())
+        (folder / "bench.md").write_text(self.markdown())
+        for plot in plots_of(self.as_json()):
+            plot.draw(folder)
 
-def _bytes(count: int) -> str:
-    return f"{count / 2**20:,.2f} MiB"
+    def table(self) -> "Group":
+        """A table a phase, and what they mean below."""
+        from rich.console import Group
+        from rich.text import Text
+
+        tables = [self._table(phase) for phase in self.phases()]
+        return Group(Text(self._title()), *tables, Text("\n".join(caption(self)), style="italic"))
+
+    def _table(self, phase: str) -> "Table":
+        from rich import box
+        from rich.table import Table
+
+        table = Table(
+            title=phase,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        rows = self._cells(phase)
+        shown = [i for i in range(len(COLUMNS[phase])) if any(cells[i] for _, cells in rows)]
+        for name in (COLUMNS[phase][i] for i in shown):
+            is_subject = name == "subject"
+            table.add_column(name, justify="left" if is_subject else "right", no_wrap=is_subject)
+        before = None
+        for row, cells in rows:
+            if before is not None and before != row.cell:
+                table.add_section()
+            cells[0] = "" if before == row.cell else cells[0]
+            table.add_row(*(cells[i] for i in shown))
+            before = row.cell
+        return table
+
+    def _cells(self, phase: str) -> list[tuple[Row, list[str]]]:
+        chosen = [row for row in self.rows if row.phase == phase]
+        return [(row, cells_of_row(row, self.ceilings, self.times_dense(row))) for row in chosen]
+
+    def _title(self) -> str:
+        env = self.environment
+        device = f"{env['device']} ({env['device_name']})"
+        (name,) = short_names([self.model])
+        return f"{name} on {device}, torch {env['torch']}"

@@ -1,78 +1,134 @@
-"""``hysparse bench``: of a checkpoint, or of the kernels alone."""
+"""``hysparse bench``: of a model beside its peers, or of the kernels alone."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hysparse_cli.cli.shared import AsJson, Assignments, Device, Dtype, RecipeFile, not_for, show
-from hysparse_cli.errors import QualityGateFailed
+from hysparse_cli.errors import InvalidRecipe, QualityGateFailed
 from hysparse_cli.progress import stages
+
+FORMATS = ("table", "json", "csv", "md")
+OF_MODELS = (
+    *("config", "random_weights", "ratio", "pattern", "last_layer_full", "subjects", "against"),
+    *("phases", "batch", "decode_tokens", "warmup", "repeat", "gradient_checkpointing"),
+)
 
 
 def bench(
     checkpoint: Annotated[
-        str, typer.Argument(help="A folder or hub id; or kernels: the attention ops by themselves.")
-    ],
+        str | None,
+        typer.Argument(help="A folder or hub id; or kernels: the attention ops by themselves."),
+    ] = None,
     recipe: RecipeFile = None,
     assignments: Assignments = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a checkpoint: a folder, hub id, paper-7b or paper-80b-a3b, measured "
+            "with random weights."
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool | None, typer.Option("--random-weights", help="Of a checkpoint, use its config alone.")
+    ] = None,
+    ratio: Annotated[
+        str | None, typer.Option(help="Full to sparse layers of a dense model.  [default: 1:3]")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="One letter a layer: FSSSF...")] = None,
+    last_layer_full: Annotated[
+        bool | None,
+        typer.Option("--last-layer-full/--no-last-layer-full", help="With --ratio."),
+    ] = None,
+    subjects: Annotated[
+        str | None,
+        typer.Option(help="Of dense, dense-cudnn, dense-flash, hybrid-swa, hysparse."),
+    ] = None,
     against: Annotated[
         list[str] | None, typer.Option(help="Another checkpoint to measure beside; may repeat.")
     ] = None,
+    phases: Annotated[
+        str | None, typer.Option(help="Of memory, prefill, decode, train.  [default: not train]")
+    ] = None,
     context: Annotated[
         str | None,
-        typer.Option(help="Prompt lengths in tokens.  [default: 512,2048; kernels: 8k,32k]"),
+        typer.Option(help="Lengths in tokens, such as 4k,32k.  [default: 512,2k; kernels: 8k,32k]"),
     ] = None,
     batch: Annotated[
         str | None, typer.Option(help="Sequences at once, such as 1,16.  [default: 1]")
     ] = None,
     decode_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to decode after each prompt.  [default: 16]")
+        int | None, typer.Option(help="Steps of decoding in each turn.  [default: 16]")
     ] = None,
-    repeat: Annotated[
-        int | None, typer.Option(help="Measured turns, after one to warm up.  [default: 3]")
+    warmup: Annotated[int | None, typer.Option(help="Turns to warm up.  [default: 1]")] = None,
+    repeat: Annotated[int | None, typer.Option(help="Measured turns.  [default: 3]")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing", help="train: compute activations twice."),
     ] = None,
     lists: Annotated[
-        str | None, typer.Option(help="kernels: a file of inspect-topk.  [default: made up]")
+        str | None,
+        typer.Option(
+            help="Blocks that sparse layers read: own, local or a file of inspect-topk; kernels: a "
+            "file.  [default: own; kernels: made up]"
+        ),
     ] = None,
     ops: Annotated[
         str | None, typer.Option(help="kernels: full,block-sparse,window,layer,decode.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="kernels: a folder for kernels.json and kernels.md.")
+        Path | None,
+        typer.Option(help="A folder for JSON, CSV and plots; a sweep goes on where it stopped."),
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="What goes to stdout: table, json, csv or md.")
+    ] = "table",
     as_json: AsJson = False,
 ) -> None:
-    """Measure KV cache bytes, time to first token and time per token; or the kernels."""
-    from hysparse_cli.recipe import (
-        BenchOptions,
-        KernelBenchOptions,
-        integer_list,
-        load_section,
-        token_counts,
-    )
+    """Measure memory, prefill, decode and training of a model beside its peers; or the kernels."""
+    from hysparse_cli.recipe import BenchOptions, integer_list, load_section, token_counts
 
+    if format_ not in FORMATS:
+        raise InvalidRecipe(f"format {format_!r} is unknown; known: {', '.join(FORMATS)}")
     flags = locals() | {"context": token_counts("context", context), "against": against or None}
+    format_ = "json" if as_json else format_
     if checkpoint == "kernels":
-        not_for("bench kernels", flags, "against", "batch", "decode_tokens", "repeat")
-        flags["ops"] = ops.split(",") if ops else None
-        kernel_options = load_section(KernelBenchOptions, recipe, assignments, flags)
-        from hysparse_cli.bench.kernels.run import bench_kernels
-
-        with stages() as advance:
-            keep = (lambda so_far: so_far.write(output)) if output else (lambda so_far: None)
-            found = bench_kernels(kernel_options, advance, keep)
-        show(found, as_json)
-        if found.failures():
-            raise QualityGateFailed("; ".join(found.failures()))
+        if format_ == "csv":
+            raise InvalidRecipe("bench kernels has no csv: use --format table, json or md")
+        _kernels(flags, format_)
         return
-    not_for("bench of a checkpoint", flags, "lists", "ops", "output")
+    not_for("bench of a model", flags, "ops")
     flags["batch"] = integer_list("batch", batch)
+    flags |= {"phases": phases and phases.split(","), "subjects": subjects and subjects.split(",")}
     options = load_section(BenchOptions, recipe, assignments, flags)
     from hysparse_cli.bench import run
 
     with stages() as advance:
-        result = run.bench(checkpoint, options, advance)
-    show(result, as_json)
+        result = run.bench(checkpoint, options, advance, output)
+    if format_ in ("csv", "md"):
+        sys.stdout.write(result.as_csv() if format_ == "csv" else result.markdown())
+    else:
+        show(result, as_json=format_ == "json")
+
+
+def _kernels(flags: dict[str, Any], format_: str) -> None:
+    from hysparse_cli.bench.kernels.run import bench_kernels
+    from hysparse_cli.recipe import KernelBenchOptions, load_section
+
+    not_for("bench kernels", flags, *OF_MODELS)
+    flags["ops"] = flags["ops"].split(",") if flags["ops"] else None
+    options = load_section(KernelBenchOptions, flags["recipe"], flags["assignments"], flags)
+    output: Path | None = flags["output"]
+    with stages() as advance:
+        keep = (lambda so_far: so_far.write(output)) if output else (lambda so_far: None)
+        found = bench_kernels(options, advance, keep)
+    if format_ == "md":
+        sys.stdout.write(found.markdown())
+    else:
+        show(found, as_json=format_ == "json")
+    if found.failures():
+        raise QualityGateFailed("; ".join(found.failures()))

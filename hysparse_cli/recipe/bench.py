@@ -7,18 +7,62 @@ from pydantic import Field, model_validator
 
 from hysparse_cli.recipe.fields import Device, Dtype, Positive, Section
 
+Phase = Literal["memory", "prefill", "decode", "train"]
+SubjectName = Literal["dense", "dense-cudnn", "dense-flash", "hybrid-swa", "hysparse"]
+DENSE: dict[SubjectName, Literal["sdpa", "cudnn", "flash"]] = {
+    "dense": "sdpa",
+    "dense-cudnn": "cudnn",
+    "dense-flash": "flash",
+}
+
 
 class BenchOptions(Section):
-    """``hysparse bench``: KV bytes, prefill and decode, against ``against``."""
+    """``hysparse bench``: memory, prefill, decode and training of a model beside its peers.
 
+    ``config`` is a folder, a hub id or a name of bench/presets.py, measured with random weights and
+    converted at ``ratio`` or ``pattern``, 1:3 by default. ``random_weights`` measures a checkpoint
+    so, too. ``subjects`` is who takes part: by default dense attention (on a GPU by cuDNN and by
+    FlashAttention 2), hybrid SWA and HySparse. ``against`` are other checkpoints, with their own
+    weights.
+
+    Each phase is measured at each context and batch, ``warmup`` and then ``repeat`` times;
+    ``decode_tokens`` is how many steps of decoding each time. ``lists`` says which blocks sparse
+    layers read in prefill and training: "own" are those that the model selects (with random weights
+    neighbouring tokens then share next to none, the worst case), "local" are made up, shared by
+    neighbours about as far as a trained model's, or a file of ``inspect-topk --lists``.
+    """
+
+    config: str | None = None
+    random_weights: bool = False
+    ratio: str | None = None
+    pattern: str | None = None
+    last_layer_full: bool = True
+    block_size: Positive = 64
+    top_k_tokens: Positive = 1024
+    window_tokens: Annotated[int, Field(gt=1)] = 128
+    subjects: Annotated[list[SubjectName], Field(min_length=1)] | None = None
     against: list[str] = []
-    context: list[Positive] = [512, 2048]
-    batch: list[Positive] = [1]
+    phases: Annotated[list[Phase], Field(min_length=1)] = ["memory", "prefill", "decode"]
+    context: Annotated[list[Annotated[int, Field(gt=1)]], Field(min_length=1)] = [512, 2048]
+    batch: Annotated[list[Positive], Field(min_length=1)] = [1]
     decode_tokens: Positive = 16
+    warmup: Annotated[int, Field(ge=0)] = 1
     repeat: Positive = 3
+    gradient_checkpointing: bool = False
+    lists: str = "own"
     dtype: Dtype = "auto"
     device: Device = "auto"
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BenchOptions":
+        if self.top_k_tokens % self.block_size:
+            raise ValueError(
+                f"block_size {self.block_size} does not divide top_k_tokens {self.top_k_tokens}"
+            )
+        if self.ratio is not None and self.pattern is not None:
+            raise ValueError("ratio and pattern both place the full layers: give one")
+        return self
 
 
 class KernelBenchOptions(Section):

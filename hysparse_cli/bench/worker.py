@@ -1,0 +1,213 @@
+"""One subject's process: it waits for its turn, measures one cell, and frees what it took."""
+
+import gc
+import signal
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from hysparse_cli.bench.attention import DENSE_NAME, listen_to
+from hysparse_cli.bench.ceilings import measured_ceilings
+from hysparse_cli.bench.decode import decode
+from hysparse_cli.bench.kernels.lists import local_lists, read_lists
+from hysparse_cli.bench.kernels.run import FAILURES
+from hysparse_cli.bench.memory import confirm, measure_memory
+from hysparse_cli.bench.prefill import measure_prefill
+from hysparse_cli.bench.subjects import Subject
+from hysparse_cli.bench.train import measure_train
+from hysparse_cli.bench.weights import Weights, config_of, torch_dtype
+from hysparse_cli.bench.work import Shape, work_of
+from hysparse_cli.devices import is_out_of_memory
+from hysparse_cli.errors import HysparseError, OutOfResources
+from hysparse_cli.kv_cache import kv_cache_of
+from hysparse_cli.loading import resolve_device
+from hysparse_cli.recipe import BenchOptions
+from hysparse_cli.recipe.bench import Phase
+from hysparse_kernels.backends import Call, choose
+
+OPS = ("full_attention", "sparse_layer_attention", "sliding_window_attention")
+OUT_OF_MEMORY = "out of memory"
+REASON_LENGTH = 120
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to measure of every subject."""
+
+    phase: Phase
+    context: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.phase} {self.context:,} x {self.batch:,}"
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why there is no measurement. ended: the process has gone, and the next turn needs another."""
+
+    reason: str
+    ended: bool = False
+
+
+def serve(connection: Connection, subject: Subject, options: BenchOptions) -> None:
+    """Answer with what each cell gave, a dict or Failed, until the other side hangs up.
+
+    A HysparseError is sent as it is. After a failure that was no lack of memory the process ends:
+    a GPU may be left in any state.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees to it
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    gc.freeze()  # what is imported stays, and need not be searched between turns
+    ready = ReadySubject(subject, options)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            answer = ready.answer(connection.recv())
+            if isinstance(answer, Failed) and answer.ended:
+                connection.send(answer)
+                return
+            ready.free()  # before the next subject has its turn
+            connection.send(answer)
+
+
+class ReadySubject:
+    """One subject, as its process measures it."""
+
+    def __init__(self, subject: Subject, options: BenchOptions):
+        self.subject, self.options = subject, options
+        self.device = resolve_device(options.device)
+        self.part = listen_to(subject.is_dense, subject.backend)
+        self._weights: Weights | None = None
+
+    def answer(self, asked: Cell | str) -> Any:
+        """What ``asked`` gave: a cell, "about" the subject, or the device's "ceilings"."""
+        try:
+            if asked == "about":
+                return self.about()
+            if asked == "ceilings":
+                dtype = torch_dtype(self.subject, self.options.dtype)
+                return measured_ceilings(dtype, self.device, self.options.seed)
+            assert isinstance(asked, Cell)
+            return self.measure(asked)
+        except OutOfResources:
+            return Failed(OUT_OF_MEMORY)
+        except HysparseError as error:
+            return error
+        except FAILURES as error:
+            if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
+                return Failed(OUT_OF_MEMORY)
+            return Failed(_reason(error), ended=True)
+
+    def about(self) -> dict[str, Any]:
+        """What the subject is, for people who read its numbers."""
+        subject, model = self.subject, self._unallocated()
+        spec = subject.spec
+        return {
+            "subject": subject.name,
+            "attention": f"{spec.layout} {spec.pattern}" if spec else f"dense, {subject.backend}",
+            "weights": subject.checkpoint or "random",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "kernels": {} if subject.is_dense else self._kernels(model),
+        }
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """The numbers of one turn."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if cell.phase == "memory":
+            found = self._memory(cell)
+        else:
+            found = self._timed(cell)
+            whole, attention = work_of(self._shape, cell.phase, cell.context, cell.batch)
+            found |= {"work": whole, "attention_work": attention}
+        if self.device.type == "cuda":
+            found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return found
+
+    def _timed(self, cell: Cell) -> dict[str, Any]:
+        model, options = self._model(), self.options
+        context, batch, seed = cell.context, cell.batch, options.seed
+        self.part.lists = self._lists(cell)
+        if cell.phase == "prefill":
+            counted = batch * kv_cache_of(model.config).total_bytes(context, model.dtype.itemsize)
+            found = measure_prefill(model, self.part, context, batch, seed)
+            return found | {"arithmetic_kv_bytes": counted}
+        if cell.phase == "decode":
+            steps = options.decode_tokens
+            return decode(model, self.part, context, batch, steps=steps, seed=seed)
+        checkpointing = options.gradient_checkpointing
+        return measure_train(model, self.part, context, batch, seed, checkpointing=checkpointing)
+
+    def _lists(self, cell: Cell) -> Tensor | None:
+        """What sparse layers are to attend to where it is not what the model selects: only where
+        many queries might share blocks."""
+        options, spec = self.options, self.subject.spec
+        if options.lists == "own" or cell.phase == "decode" or spec is None or not spec.selects:
+            return None
+        kv_heads = kv_cache_of(config_of(self.subject)).num_kv_heads
+        sizes = (cell.context, kv_heads, spec.top_k_blocks, spec.block_size)
+        if options.lists == "local":
+            return local_lists(*sizes, torch.Generator(self.device).manual_seed(options.seed))
+        return read_lists(Path(options.lists), *sizes).to(self.device)
+
+    def _memory(self, cell: Cell) -> dict[str, Any]:
+        config, weight_bytes = config_of(self.subject), self._shape.weight_bytes
+        dtype = torch_dtype(self.subject, self.options.dtype)
+        found = measure_memory(config, weight_bytes, cell.context, dtype, self.device)
+        if self.device.type == "cuda":
+            largest = found["largest_batch"]
+            largest = confirm(self._model(), cell.context, largest, self.options.seed)
+            found |= {"largest_batch": largest, "largest_batch_is": "confirmed"}
+        return found
+
+    def _model(self) -> Any:
+        """The subject's model, on the device."""
+        if self._weights is None:
+            options = self.options
+            self._weights = Weights(self.subject, options.dtype, self.device, options.seed)
+        self._weights.restore()
+        return self._weights.model
+
+    @cached_property
+    def _shape(self) -> Shape:
+        return Shape(self._unallocated())
+
+    def _unallocated(self) -> Any:
+        auto: Any = AutoModelForCausalLM
+        attention = {"attn_implementation": DENSE_NAME} if self.subject.is_dense else {}
+        dtype = torch_dtype(self.subject, self.options.dtype)
+        with torch.device("meta"):
+            return auto.from_config(config_of(self.subject), dtype=dtype, **attention)
+
+    def _kernels(self, model: Any) -> dict[str, str]:
+        """The backend chosen for each op."""
+        heads, spec = kv_cache_of(model.config), self.subject.spec
+        assert spec is not None
+        like: dict[str, Any] = {"device": self.device, "dtype": model.dtype}
+        q = torch.empty(1, 1, model.config.num_attention_heads, heads.head_dim, **like)
+        k = torch.empty(1, 1, heads.num_kv_heads, heads.head_dim, **like)
+        return {op: str(choose(Call(op, q, k, k, spec.block_size))) for op in OPS}
+
+    def free(self) -> None:
+        """Leave the device's memory to others."""
+        if self._weights is not None:
+            self._weights.park()
+        self.part.marks = self.part.calls = self.part.lists = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what was said."""
+    said = " ".join(str(error).split()).split(". ")[0].rstrip(".")[:REASON_LENGTH]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
