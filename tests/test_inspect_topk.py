@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from hysparse_cli.inspect_topk.report import FAINT, HIDDEN, NEVER, SHADES, _shade
 from hysparse_cli.inspect_topk.stats import LayerInputs, fit_of, selection_maps
+from torch import Tensor
+
 from hysparse_kernels import causal, full_attention
 from tests.conftest import Hysparse
 

@@ -1,0 +1,96 @@
+"""What becomes of an answer when the needle's blocks are forced into the selections."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hysparse_cli.convert.ledger import steps_of
+from hysparse_cli.inspect_topk.reading import Asked
+from hysparse_cli.logits import hidden_states, logits_of
+from hysparse_cli.model.config import HysparseSpec
+from hysparse_cli.model.state import Variation
+
+FULL = "full attention"
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The answer in one forward.
+
+    attention: how the sparse layers attend: "full attention", to all of their own keys;
+    "selection", to their own keys at the selected blocks and nothing else; "as it is".
+    forced_into: the full layers whose selections were given the needle's blocks. nats: of the
+    answer's tokens, mean; probability: of the whole answer; None without one. next_token: the
+    likeliest where the answer begins, or after the text.
+    """
+
+    attention: str
+    forced_into: list[int]
+    nats: float | None
+    probability: float | None
+    next_token: str
+    next_probability: float
+
+
+@torch.no_grad()
+def answer_in(
+    model: Any, tokenizer: Any, ids: list[int], asked: Asked, hidden: Tensor
+) -> tuple[float | None, float | None, str, float]:
+    """nats, probability, next token and its probability, of the answer.
+
+    Args:
+        hidden: (1, T, hidden), as ``hidden_states`` gives.
+    """
+    log_p = F.log_softmax(logits_of(model, hidden[:, asked.queries])[0].float(), -1)
+    likeliest = int(log_p[0].argmax())
+    following = tokenizer.decode([likeliest]), float(log_p[0, likeliest].exp())
+    begin, end = asked.answer
+    if begin == end:
+        return None, None, *following
+    answer = torch.tensor(ids[begin:end], device=log_p.device)
+    of_answer = log_p.gather(1, answer[:, None]).double()
+    return -float(of_answer.mean()), float(of_answer.sum().exp()), *following
+
+
+def measure_effects(
+    model: Any,
+    tokenizer: Any,
+    spec: HysparseSpec,
+    ids: list[int],
+    asked: Asked,
+    blocks: list[int],
+    on_progress: OnProgress,
+) -> list[Effect]:
+    """The answer as it is, and with ``blocks`` forced into all selections and into each alone.
+
+    Args:
+        model: with sparse attention layers.
+        on_progress: told forwards done, and of how many.
+    """
+    forwards = list(_forwards(spec, blocks))
+    input_ids = torch.tensor([ids], device=model.device)
+    effects = []
+    for i, (name, variation) in enumerate(forwards):
+        on_progress(i, len(forwards))
+        with torch.no_grad():
+            hidden = hidden_states(model, input_ids, hysparse_variation=variation)
+        answer = answer_in(model, tokenizer, ids, asked, hidden)
+        effects.append(Effect(name, sorted(variation.forced_blocks), *answer))
+    on_progress(len(forwards), len(forwards))
+    return effects
+
+
+def _forwards(spec: HysparseSpec, blocks: list[int]) -> Iterator[tuple[str, Variation]]:
+    layout = spec.layers
+    sparse, servers = frozenset(layout.sparse_layers), [*filter(layout.serves, layout.full_layers)]
+    alone, *_, last = steps_of(spec)
+    for name, step in ((alone.name, alone), ("as it is", last)):
+        yield name, Variation(step.spec, sparse, step.learned)
+        for into in [servers] if len(servers) == 1 else [servers, *([s] for s in servers)]:
+            forced = dict.fromkeys(into, tuple(blocks))
+            yield name, Variation(step.spec, sparse, step.learned, forced)

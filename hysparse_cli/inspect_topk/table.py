@@ -1,0 +1,268 @@
+"""An inspection for a terminal of 80 columns: heatmaps that read without colour, and tables."""
+
+from typing import TYPE_CHECKING, Any
+
+from hysparse_cli.inspect_topk.effects import Effect
+from hysparse_cli.inspect_topk.maps import Map, smaller
+from hysparse_cli.inspect_topk.needle import LayerNeedle
+from hysparse_cli.inspect_topk.result import FullLayer, Inspection, Needle, NeedleBlock
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+# share above which a cell looks so; the shade reads without colour too
+SHADES = ((0.75, "█", "bright_yellow"), (0.5, "▓", "orange1"), (0.25, "▒", "deep_pink3"))
+FAINT, NEVER, HIDDEN = ("░", "purple4"), ("·", "grey35"), " "
+OVERLAP_SHADES = (
+    (0.9, "█", "bright_yellow"),
+    (0.75, "▓", "orange1"),
+    (0.6, "▒", "deep_pink3"),
+    (0.4, "░", "purple4"),
+    (0.0, "·", "grey35"),
+)
+MOST_OVERLAP_LAYERS = 76  # a column a layer
+MOST_WRITTEN_LAYERS = 25  # three
+
+
+def as_table(found: Inspection) -> "Group":
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = [Text(_headline(found))]
+    for full in found.full_layers:
+        parts += [Text(), *_full_layer(found, full)]
+    parts += [Text(), _legend("Down: queries, right: keys. Selected:"), Text(), _served(found)]
+    if any(layer.branches is not None for layer in found.served_layers):
+        parts += [Text(), _branches(found)]
+    if found.overlap is not None and len(found.overlap) <= MOST_OVERLAP_LAYERS:
+        parts += [Text(), *_overlap(found.overlap, found.spec.pattern)]
+    if found.needle is not None:
+        parts += [Text(), *_needle(found, found.needle)]
+    return Group(*parts)
+
+
+def _headline(found: Inspection) -> str:
+    spec = found.spec
+    how = "dense, as if it were" if found.kind == "dense" else "as it is,"
+    return (
+        f"{found.checkpoint} ({how} {spec.pattern})\n{found.tokens:,} tokens of {found.source}, "
+        f"top {spec.top_k_blocks} of up to {found.num_blocks} blocks of {spec.block_size}"
+    )
+
+
+def _full_layer(found: Inspection, full: FullLayer) -> list[Any]:
+    from rich.columns import Columns
+    from rich.text import Text
+
+    title = f"Layer {full.layer}, serves {', '.join(map(str, full.serves))}"
+    lines = [Text(title, style="bold")]
+    moves = [head.movement for head in full.heads if head.movement is not None]
+    kept = [move.kept[0] for move in moves if move.kept[0] is not None]
+    if moves and kept and moves[0].kept_random[0] is not None:
+        mean = sum(kept) / len(kept)
+        far = sum(sum(move.distances[3:]) for move in moves) / len(moves)
+        lines.append(
+            Text(
+                f"the token before had chosen {mean:.0%} of a token's blocks (chance "
+                f"{moves[0].kept_random[0]:.0%}); {far:.0%} are 4 or more blocks back (chance "
+                f"{sum(moves[0].distances_random[3:]):.0%})"
+            )
+        )
+    pictures = [
+        _heatmap(f"KV head {i}", smaller(head.map, found.tokens, found.spec.block_size))
+        for i, head in enumerate(full.heads)
+    ]
+    return [*lines, Columns(pictures)]
+
+
+def _heatmap(title: str, cells: Map) -> "Text":
+    from rich.text import Text
+
+    picture = Text(title.ljust(len(cells[0])))
+    for row in cells:
+        picture.append("\n")
+        for value in row:
+            picture.append(*shade(value))
+    return picture
+
+
+def shade(value: float | None) -> tuple[str, str]:
+    """The letter and the colour of a share."""
+    if value is None:
+        return HIDDEN, ""
+    for least, letter, style in SHADES:
+        if value > least:
+            return letter, style
+    return FAINT if value > 0 else NEVER
+
+
+def _legend(what: str) -> "Text":
+    from rich.text import Text
+
+    legend = Text(f"{what} ")
+    legend.append(*NEVER).append(" never ").append(*FAINT).append(" some")
+    for least, letter, style in reversed(SHADES):
+        legend.append(" ").append(letter, style).append(f" >{least:.0%}")
+    return legend
+
+
+def _served(found: Inspection) -> "Table":
+    columns = ("layer", "by", "recall", "chance", "even", "mass", "best", "chance", "even")
+    table = _table(
+        "Served layers: recall of own top blocks, mass of own attention",
+        *(*columns, "window", "seen", "1st"),
+        caption=_served_caption(found),
+    )
+    for layer in found.served_layers:
+        cells = ["-"] * 10
+        if (fit := layer.fit) is not None:
+            recalls = (fit.recall, fit.recall_random, fit.recall_even)
+            masses = (fit.mass_selected, fit.mass_own_best, fit.mass_random, fit.mass_even)
+            covered = (fit.mass_window, fit.mass_seen, fit.mass_first_block)
+            cells = [f"{share:.0%}" for share in (*recalls, *masses, *covered)]
+        table.add_row(str(layer.layer), str(layer.server), *cells)
+    return table
+
+
+def _served_caption(found: Inspection) -> str:
+    spec, fits = found.spec, [x.fit for x in found.served_layers if x.fit is not None]
+    if not fits:
+        return (
+            f"up to {spec.top_k_tokens:,} tokens every block is selected: give a longer text to "
+            "see recall and mass"
+        )
+    sink = sum(fit.mass_sink for fit in fits) / len(fits)
+    of_sink = f"; the family's own sinks take {sink:.0%}" if sink > 0.0005 else ""
+    return (
+        f"means over the {fits[0].queries:,} queries that see more than {spec.top_k_tokens:,} "
+        "tokens; mass: on the selection, own best blocks, chance, evenly spaced blocks, window, "
+        f"selection and window, first block{of_sink}"
+    )
+
+
+def _branches(found: Inspection) -> "Table":
+    table = _table(
+        "Branches of the sparse layers: block-sparse, window",
+        *("layer", "gates", "to their sinks"),
+        caption="means over all queries and heads",
+    )
+    for layer in found.served_layers:
+        if (branches := layer.branches) is not None:
+            gates = f"{branches.gate_sparse:.2f} {branches.gate_window:.2f}"
+            sinks = f"{branches.sink_sparse:.1%} {branches.sink_window:.1%}"
+            table.add_row(str(layer.layer), gates, sinks)
+    return table
+
+
+def _overlap(overlap: list[list[float]], pattern: str) -> list[Any]:
+    """Per cent where so many columns fit, shades where not."""
+    from rich.text import Text
+
+    title = Text("Overlap: of a layer's mass on its own best blocks (column), how much is on")
+    title.append("\nthose of an earlier layer (row)").stylize("bold")
+    written = len(overlap) <= MOST_WRITTEN_LAYERS
+    layers = range(len(overlap))
+    header = "".join(f"{layer:3}" if written else pattern[layer] for layer in layers)
+    picture = Text(f"    {header}")
+    for a, row in enumerate(overlap):
+        picture.append(f"\n{a:>2}{pattern[a]} ")
+        for b, value in enumerate(row):
+            letter, style = _overlap_shade(value) if b > a else (HIDDEN, "")
+            cell = f"{100 * value:3.0f}" if b > a else "   "
+            picture.append(cell if written else letter, style)
+    legend = Text()
+    for least, letter, style in reversed(OVERLAP_SHADES):
+        legend.append(letter, style).append(f" >{least:.0%} ")
+    return [title, picture] if written else [title, picture, legend]
+
+
+def _overlap_shade(value: float) -> tuple[str, str]:
+    for least, letter, style in OVERLAP_SHADES:
+        if value > least:
+            return letter, style
+    return OVERLAP_SHADES[-1][1:]
+
+
+def _needle(found: Inspection, needle: Needle) -> list[Any]:
+    from rich.text import Text
+
+    begin, end = needle.tokens
+    what = "the next token" if not needle.answer else f"the answer {needle.answer.strip()!r}"
+    first, last = needle.queries[0], needle.queries[-1]
+    asked = f"query {first}" if first == last else f"queries {first} to {last}"
+    lines: list[Any] = [
+        Text(f"Needle {needle.text.strip()!r}", style="bold"),
+        Text(f"tokens {begin} to {end - 1}; looked for by {what} ({asked})"),
+    ]
+    for block in needle.blocks:
+        lines.append(_needle_block(found, block))
+    return [*lines, _effects(needle.effects)]
+
+
+def _needle_block(found: Inspection, block: NeedleBlock) -> "Table":
+    size = found.spec.block_size
+    begin, end = block.block * size, min((block.block + 1) * size, found.tokens) - 1
+    table = _table(
+        f"Block {block.block}, tokens {begin} to {end}",
+        *("layer", "mass", "top head", "rank", "selected", "ever"),
+        *(("gate", "read", "top head") if found.kind == "converted" else ()),
+        caption="mass: of own attention at those queries; rank: among the blocks they see; "
+        "selected: of the lists of those queries, of all queries"
+        + (
+            "; read: gate times what the branch gives the block"
+            if found.kind == "converted"
+            else ""
+        ),
+    )
+    for layer in block.layers:
+        table.add_row(*_needle_cells(found, layer))
+    return table
+
+
+def _needle_cells(found: Inspection, layer: LayerNeedle) -> list[str]:
+    kind = found.spec.pattern[layer.layer]
+    cells = [f"{layer.layer} {kind}", f"{layer.mass:.1%}", f"{layer.top_head_mass:.1%}"]
+    cells.append(f"{layer.rank:.0f}")
+    cells += [_share(layer.selected), _share(layer.selected_ever)]
+    if found.kind == "converted":
+        cells.append("-" if layer.gate is None else f"{layer.gate:.2f}")
+        cells += [_share(layer.read, 1), _share(layer.top_head_read, 1)]
+    return cells
+
+
+def _effects(effects: list[Effect]) -> "Table":
+    table = _table(
+        "What becomes of it with the needle's blocks forced into selections",
+        *("sparse layers", "forced into", "nats", "probability", "likeliest next"),
+        caption="selection: own keys at the selected blocks alone; nats: of the answer's tokens",
+    )
+    for effect in effects:
+        into = ", ".join(map(str, effect.forced_into)) or "-"
+        nats = "-" if effect.nats is None else f"{effect.nats:.3f}"
+        next_token = f"{effect.next_token!r} {effect.next_probability:.0%}"
+        table.add_row(effect.attention, into, nats, _share(effect.probability, 1), next_token)
+    return table
+
+
+def _share(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:.{digits}%}"
+
+
+def _table(title: str, *columns: str, caption: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
