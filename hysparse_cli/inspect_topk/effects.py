@@ -14,7 +14,7 @@ from hysparse_cli.logits import hidden_states, logits_of
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.state import Variation
 
-FULL = "full attention"
+FULL, SELECTION, AS_IT_IS = "full attention", "selection", "as it is"
 OnProgress = Callable[[int, int], None]
 
 
@@ -64,15 +64,17 @@ def measure_effects(
     ids: list[int],
     asked: Asked,
     blocks: list[int],
+    by_server: str,
     on_progress: OnProgress,
 ) -> list[Effect]:
-    """The answer as it is, and with ``blocks`` forced into all selections and into each alone.
+    """The answer with the selections as they are, and with ``blocks`` forced into all of them.
 
     Args:
         model: with sparse attention layers.
+        by_server: SELECTION or AS_IT_IS: for that, they are also forced into one layer's alone.
         on_progress: told forwards done, and of how many.
     """
-    forwards = list(_forwards(spec, blocks))
+    forwards = list(_forwards(spec, blocks, by_server))
     input_ids = torch.tensor([ids], device=model.device)
     effects = []
     for i, (name, variation) in enumerate(forwards):
@@ -85,12 +87,14 @@ def measure_effects(
     return effects
 
 
-def _forwards(spec: HysparseSpec, blocks: list[int]) -> Iterator[tuple[str, Variation]]:
+def _forwards(
+    spec: HysparseSpec, blocks: list[int], by_server: str
+) -> Iterator[tuple[str, Variation]]:
     layout = spec.layers
     sparse, servers = frozenset(layout.sparse_layers), [*filter(layout.serves, layout.full_layers)]
     alone, *_, last = steps_of(spec)
-    for name, step in ((alone.name, alone), ("as it is", last)):
-        yield name, Variation(step.spec, sparse, step.learned)
-        for into in [servers] if len(servers) == 1 else [servers, *([s] for s in servers)]:
+    for name, step in ((SELECTION, alone), (AS_IT_IS, last)):
+        each = [[server] for server in servers] if name == by_server and len(servers) > 1 else []
+        for into in ([], servers, *each):
             forced = dict.fromkeys(into, tuple(blocks))
             yield name, Variation(step.spec, sparse, step.learned, forced)

@@ -45,7 +45,7 @@ def arrays(inspection: Inspection) -> dict[str, Any]:
     """NumPy arrays by name: what the JSON has as lists, and every token's selected blocks.
 
     map.N: (G, rows, columns), NaN where no query sees a key; kept.N: (G, lags), distances.N:
-    (G, bins); selected.N: (T, G, K) int32, -1 pads; overlap: (layers, layers).
+    (G, bins); selected.N: (T, G, K) int32, -1 pads; overlap, answer_overlap: (layers, layers).
     """
     import numpy as np
 
@@ -57,8 +57,9 @@ def arrays(inspection: Inspection) -> dict[str, Any]:
             found[f"kept.{full.layer}"] = np.array([move.kept for move in moves], np.float64)
             found[f"distances.{full.layer}"] = np.array([move.distances for move in moves])
         found[f"selected.{full.layer}"] = inspection.selections[full.layer].numpy()
-    if inspection.overlap is not None:
-        found["overlap"] = np.array(inspection.overlap)
+    for name in ("overlap", "answer_overlap"):
+        if getattr(inspection, name) is not None:
+            found[name] = np.array(getattr(inspection, name))
     return found
 
 

@@ -10,7 +10,7 @@ from hysparse_cli.inspect_topk.blocks import BlockShares, Sizes, even_blocks, on
 
 @dataclass(frozen=True)
 class Fit:
-    """Means over the ``queries`` that see more blocks than are kept, and over heads.
+    """Means over ``queries`` that see more blocks than are kept (so many), and over heads.
 
     Recall is the part of the layer's own top blocks that are in a set of as many. Mass is the part
     of the layer's own full attention (own queries and keys) that falls on a set of keys: on the
@@ -36,10 +36,10 @@ class Fit:
 
 
 class FitSums:
-    """Adds up a layer's fit, slab by slab."""
+    """Adds up a layer's fit, slab by slab, over ``of`` those queries, (T,) bool, or over all."""
 
-    def __init__(self, sizes: Sizes):
-        self.sizes = sizes
+    def __init__(self, sizes: Sizes, of: Tensor | None = None):
+        self.sizes, self.of, self.queries = sizes, of, 0
         self.recalls: list[Tensor] = []
         self.masses: list[Tensor] = []
 
@@ -47,8 +47,11 @@ class FitSums:
         """Args: given, own: (t, G, K), the blocks selected for the layer and its own top ones."""
         queries = torch.arange(shares.begin, shares.end, device=given.device)
         chooses = queries >= first_choice(self.sizes)
+        if self.of is not None:
+            chooses &= self.of[shares.begin : shares.end]
         if not bool(chooses.any()):
             return
+        self.queries += int(chooses.sum())
         queries, given, own = queries[chooses], given[chooses], own[chooses]
         mass, window = shares.mass[chooses], shares.window[chooses]
         even = even_blocks(queries, self.sizes)[:, None].expand_as(given)
@@ -67,19 +70,18 @@ class FitSums:
             of_window,
             selected + of_window - on_blocks(window, given),
             mass[..., 0],
-            1 - total,
+            (1 - total).clamp(min=0),
         )
         self.masses.append(torch.stack(parts, -1).double().mean(1).sum(0))
 
-    def fit(self, tokens: int) -> Fit | None:
-        """None where no query of a text of so many tokens has to choose."""
+    def fit(self) -> Fit | None:
+        """None where none of the queries has to choose."""
         if not self.recalls:
             return None
-        queries = tokens - first_choice(self.sizes)
-        by_head = torch.stack(self.recalls).sum(0) / queries  # [G, 3]
+        by_head = torch.stack(self.recalls).sum(0) / self.queries  # [G, 3]
         recall, random, even = by_head.mean(0).tolist()
-        masses = (torch.stack(self.masses).sum(0) / queries).tolist()
-        return Fit(queries, recall, by_head[:, 0].tolist(), random, even, *masses)
+        masses = (torch.stack(self.masses).sum(0) / self.queries).tolist()
+        return Fit(self.queries, recall, by_head[:, 0].tolist(), random, even, *masses)
 
 
 def first_choice(sizes: Sizes) -> int:

@@ -27,16 +27,17 @@ OnLayer = Callable[[int, int], None]
 class Seen:
     """What was seen of one text.
 
-    selections: full layer that serves -> (T, G, K). fits: sparse layer -> its fit, None where no
-    query chooses. branches: sparse layer -> its branches, of a converted model. needle: all layers,
-    of each of the needle's blocks. overlap: see ``OverlapSums``.
+    selections: full layer that serves -> (T, G, K). fits: sparse layer -> its fit over all queries
+    and over those that predict an answer, None where none of them chooses. branches: sparse layer
+    -> its branches, of a converted model. needle: all layers, of each of the needle's blocks.
+    overlap: see ``OverlapSums``; over all queries, and over those that predict an answer.
     """
 
     selections: dict[int, Tensor] = field(default_factory=dict)
-    fits: dict[int, Fit | None] = field(default_factory=dict)
+    fits: dict[int, tuple[Fit | None, Fit | None]] = field(default_factory=dict)
     branches: dict[int, Branches] = field(default_factory=dict)
     needle: list[list[LayerNeedle]] = field(default_factory=list)
-    overlap: list[list[float]] | None = None
+    overlap: tuple[list[list[float]] | None, ...] = ()
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def look(subject: Subject, reading: Reading, on_layer: OnLayer) -> tuple[Seen, T
         hidden = watch_attention(subject.model, input_ids, eye.on_dense_layer)
     else:
         hidden = hidden_states(subject.model, input_ids, hysparse_observer=eye.on_converted_layer)
-    eye.seen.overlap = eye.overlap.similarity()
+    eye.seen.overlap = tuple(sums.similarity() for sums in eye.overlaps)
     return eye.seen, hidden
 
 
@@ -65,7 +66,12 @@ class _Eye:
         self.spec, self.layout, self.sizes = subject.spec, subject.spec.layers, subject.sizes
         self.seen = Seen()
         self.server_k: Tensor
-        self.overlap = OverlapSums(subject.num_layers, self.sizes)
+        self.looking = torch.zeros(len(reading.ids), dtype=torch.bool, device=subject.model.device)
+        self.looking[reading.looking] = True
+        self.selections: list[Tensor] = []  # (T, G, K), what each layer would select
+        self.overlaps = [
+            OverlapSums(subject.num_layers, self.sizes, of) for of in (None, self.looking)
+        ]
         self.blocks: list[int] = []
         if self.asked is not None:
             self.blocks = blocks_of(self.asked.needle, self.sizes.block_size)
@@ -100,19 +106,22 @@ class _Eye:
         self.on_layer(layer, self.subject.num_layers)
         is_served = layer in self.layout.sparse_layers
         given = self.seen.selections[self.layout.server_of(layer)] if is_served else None
-        fit, branches, own = FitSums(self.sizes), BranchSums(), []
+        fits = FitSums(self.sizes), FitSums(self.sizes, self.looking)
+        branches, own = BranchSums(), []
         needle = NeedleEye(self.blocks, self.asked.queries if self.asked else [])
         for shares, slab in self._slabs(layer, inputs, given, gates):
             best = top_blocks(shares.log_score, self.sizes.top_k_blocks)
             own.append(best)
-            self.overlap.add(layer, shares, best)
+            for overlap in self.overlaps:
+                overlap.add(layer, shares, best, self.selections)
             if given is not None:
-                fit.add(shares, given[shares.begin : shares.end], best)
+                for fit in fits:
+                    fit.add(shares, given[shares.begin : shares.end], best)
             if slab is not None:
                 branches.add(slab)
             needle.add(shares, slab)
         if is_served:
-            self.seen.fits[layer] = fit.fit(inputs.q.shape[1])
+            self.seen.fits[layer] = fits[0].fit(), fits[1].fit()
         if gates is not None:
             self.seen.branches[layer] = branches.branches()
         selection = torch.cat(own)
@@ -120,7 +129,7 @@ class _Eye:
             selection = selection if block_idx is None else block_idx[0].int()
             self.seen.selections[layer], self.server_k = selection, inputs.k
             given = selection
-        self.overlap.end_layer(selection)
+        self.selections.append(selection)
         for of_block, found in zip(
             self.seen.needle, needle.found(layer, given, self.sizes.block_size), strict=True
         ):

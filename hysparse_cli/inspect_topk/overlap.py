@@ -8,28 +8,32 @@ from hysparse_cli.inspect_topk.fit import first_choice
 
 
 class OverlapSums:
-    """Adds up, layer by layer, the mass of b's attention on the blocks that each a < b selects."""
+    """Adds up, layer by layer, the mass of b's attention on the blocks that each a < b selects.
 
-    def __init__(self, num_layers: int, sizes: Sizes):
-        self.sizes, self.num_layers = sizes, num_layers
-        self.selections: list[Tensor] = []
+    Over ``of`` the queries that choose, (T,) bool, or over all that do.
+    """
+
+    def __init__(self, num_layers: int, sizes: Sizes, of: Tensor | None = None):
+        self.sizes, self.of = sizes, of
         self.mass = torch.zeros(num_layers, num_layers, dtype=torch.float64)
 
-    def add(self, layer: int, shares: BlockShares, own: Tensor) -> None:
-        """Args: own: (t, G, K), the layer's own top blocks of the slab's queries."""
-        begin = max(shares.begin, first_choice(self.sizes))
-        if begin >= shares.end:
-            return
-        here = slice(begin - shares.begin, None)
-        mass = shares.mass[here]
-        by_server = [on_blocks(mass, given[begin : shares.end]) for given in self.selections]
-        by_server.append(on_blocks(mass, own[here]))
-        sums = torch.stack([part.double().mean(1).sum() for part in by_server])
-        self.mass[: layer + 1, layer] += sums.cpu()
+    def add(self, layer: int, shares: BlockShares, own: Tensor, before: list[Tensor]) -> None:
+        """Add a slab of queries.
 
-    def end_layer(self, selection: Tensor) -> None:
-        """Args: selection: (T, G, K), what the layer selects, for the layers after it."""
-        self.selections.append(selection)
+        Args:
+            own: (t, G, K), the layer's own top blocks. before: (T, G, K), of each layer before it.
+        """
+        queries = torch.arange(shares.begin, shares.end, device=own.device)
+        queries = queries[queries >= first_choice(self.sizes)]
+        if self.of is not None:
+            queries = queries[self.of[queries]]
+        if not len(queries):
+            return
+        here = queries - shares.begin
+        mass = shares.mass[here]
+        selections = [*(selection[queries] for selection in before), own[here]]
+        sums = torch.stack([on_blocks(mass, s).double().mean(1).sum() for s in selections])
+        self.mass[: layer + 1, layer] += sums.cpu()
 
     def similarity(self) -> list[list[float]] | None:
         """[a][b], as ``selection.overlap.Overlap.similarity``, over all queries that choose.

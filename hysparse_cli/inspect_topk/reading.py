@@ -29,11 +29,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Reading:
-    """``source`` says where the text is from. ``asked``: None without a needle."""
+    """``source`` says where the text is from. ``asked``: None without a needle.
+
+    looking: the queries that predict an answer, the needle's or those of planted facts.
+    """
 
     ids: list[int]
     source: str
     asked: Asked | None
+    looking: list[int]
 
 
 def read(tokenizer: Any, options: InspectOptions, longest: int) -> Reading:
@@ -52,7 +56,7 @@ def read(tokenizer: Any, options: InspectOptions, longest: int) -> Reading:
         text, source = _text(options)
         if options.needle is not None:
             return _with_needle(tokenizer, text, source, options.needle, options.answer, tokens)
-        return Reading(encode(tokenizer, text).ids[:tokens], source, None)
+        return Reading(encode(tokenizer, text).ids[:tokens], source, None, [])
     if options.needle is not None:
         raise InvalidRecipe("the needle has to be in a text: give --prompt or --data")
     made_up = calibration_text(
@@ -63,7 +67,8 @@ def read(tokenizer: Any, options: InspectOptions, longest: int) -> Reading:
         sequence_tokens=tokens,
         seed=options.seed,
     )
-    return Reading(made_up.rows[0].tolist(), "made-up text with planted facts", None)
+    looking = (made_up.answers[0].nonzero()[:, 0] - 1).tolist()
+    return Reading(made_up.rows[0].tolist(), "made-up text with planted facts", None, looking)
 
 
 def _text(options: InspectOptions) -> tuple[str, str]:
@@ -100,4 +105,5 @@ def _with_needle(
     here = (len(encoded.ids), len(encoded.ids))
     if answer:
         here = encoded.tokens_of(end, len(text))
-    return Reading(encoded.ids, source, Asked(encoded.tokens_of(place, place + len(needle)), here))
+    asked = Asked(encoded.tokens_of(place, place + len(needle)), here)
+    return Reading(encoded.ids, source, asked, asked.queries)

@@ -39,11 +39,16 @@ class FullLayer:
 
 @dataclass(frozen=True)
 class ServedLayer:
-    """fit: None where no query chooses. branches: None in a dense model, which has none."""
+    """How well a layer is served, over all queries and over those that predict an answer.
+
+    fit, answer_fit: None where none of them chooses, or no answer is known. branches: None in a
+    dense model, which has none.
+    """
 
     layer: int
     server: int
     fit: Fit | None
+    answer_fit: Fit | None
     branches: Branches | None
 
 
@@ -74,7 +79,8 @@ class Inspection:
 
     kind: "dense" is a dense model under the layout of ``spec``, as it would be; "converted" runs as
     it is. overlap: [a][b], how much of b's attention mass on its own best blocks is on those that a
-    selects; None where no query chooses. selections: full layer -> (T, G, K) block indices.
+    selects; None where no query chooses; answer_overlap: over the queries that predict an answer.
+    selections: full layer -> (T, G, K) block indices.
     """
 
     checkpoint: str
@@ -87,6 +93,7 @@ class Inspection:
     full_layers: list[FullLayer]
     served_layers: list[ServedLayer]
     overlap: list[list[float]] | None
+    answer_overlap: list[list[float]] | None
     needle: Needle | None
     selections: "dict[int, Tensor]"
 
@@ -107,6 +114,7 @@ class Inspection:
                 "full_layers": [asdict(layer) for layer in self.full_layers],
                 "served_layers": [asdict(layer) for layer in self.served_layers],
                 "overlap": self.overlap,
+                "answer_overlap": self.answer_overlap,
                 "needle": None if self.needle is None else asdict(self.needle),
             }
         )

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from hysparse_cli.devices import describe, out_of_memory_is
-from hysparse_cli.inspect_topk.effects import FULL, Effect, answer_in, measure_effects
+from hysparse_cli.inspect_topk.effects import (
+    AS_IT_IS,
+    FULL,
+    SELECTION,
+    Effect,
+    answer_in,
+    measure_effects,
+)
 from hysparse_cli.inspect_topk.look import Seen, look
 from hysparse_cli.inspect_topk.maps import selection_maps
 from hysparse_cli.inspect_topk.movement import movements
@@ -66,10 +73,11 @@ def inspect_topk(
         tokens=len(reading.ids),
         full_layers=[_full_layer(subject, *found) for found in seen.selections.items()],
         served_layers=[
-            ServedLayer(layer, layout.server_of(layer), fit, seen.branches.get(layer))
-            for layer, fit in seen.fits.items()
+            ServedLayer(layer, layout.server_of(layer), *fits, seen.branches.get(layer))
+            for layer, fits in seen.fits.items()
         ],
-        overlap=seen.overlap,
+        overlap=seen.overlap[0],
+        answer_overlap=seen.overlap[1],
         needle=needle,
         selections={layer: lists.cpu() for layer, lists in seen.selections.items()},
     )
@@ -78,7 +86,7 @@ def inspect_topk(
 def _full_layer(subject: Subject, layer: int, selection: Tensor) -> FullLayer:
     maps = selection_maps(selection, subject.spec.block_size)
     moves = movements(selection, subject.sizes)
-    heads = [Head(cells, moves and moves[i]) for i, cells in enumerate(maps)]
+    heads = [Head(cells, moves[i] if moves else None) for i, cells in enumerate(maps)]
     return FullLayer(layer, list(subject.spec.layers.served_by(layer)), heads)
 
 
@@ -99,8 +107,9 @@ def _needle(
     in_full = Effect(FULL, [], *answer_in(model, tokenizer, ids, asked, hidden))
     if subject.plan is not None:
         subject.convert_in_memory(on_stage)
+    by_server = AS_IT_IS if subject.plan is None else SELECTION
     effects = measure_effects(
-        model, tokenizer, spec, ids, asked, blocks, lambda *at: on_stage("needle", *at)
+        model, tokenizer, spec, ids, asked, blocks, by_server, lambda *at: on_stage("needle", *at)
     )
     return Needle(
         text=tokenizer.decode(ids[slice(*asked.needle)]),

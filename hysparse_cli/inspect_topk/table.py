@@ -3,9 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 from hysparse_cli.inspect_topk.effects import Effect
+from hysparse_cli.inspect_topk.fit import Fit
 from hysparse_cli.inspect_topk.maps import Map, smaller
 from hysparse_cli.inspect_topk.needle import LayerNeedle
-from hysparse_cli.inspect_topk.result import FullLayer, Inspection, Needle, NeedleBlock
+from hysparse_cli.inspect_topk.result import (
+    FullLayer,
+    Inspection,
+    Needle,
+    NeedleBlock,
+    ServedLayer,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -33,11 +40,17 @@ def as_table(found: Inspection) -> "Group":
     parts: list[Any] = [Text(_headline(found))]
     for full in found.full_layers:
         parts += [Text(), *_full_layer(found, full)]
-    parts += [Text(), _legend("Down: queries, right: keys. Selected:"), Text(), _served(found)]
+    parts += [Text(), _legend("Down: queries, right: keys. Selected:"), Text()]
+    fits = [(layer, layer.fit) for layer in found.served_layers]
+    parts.append(_served(found, "that choose", fits))
+    at_answers = [(layer, layer.answer_fit) for layer in found.served_layers]
+    if any(fit is not None for _, fit in at_answers):
+        parts += [Text(), _served(found, "that answer", at_answers)]
     if any(layer.branches is not None for layer in found.served_layers):
         parts += [Text(), _branches(found)]
-    if found.overlap is not None and len(found.overlap) <= MOST_OVERLAP_LAYERS:
-        parts += [Text(), *_overlap(found.overlap, found.spec.pattern)]
+    for queries, overlap in (("choose", found.overlap), ("answer", found.answer_overlap)):
+        if overlap is not None and len(overlap) <= MOST_OVERLAP_LAYERS:
+            parts += [Text(), *_overlap(queries, overlap, found.spec.pattern)]
     if found.needle is not None:
         parts += [Text(), *_needle(found, found.needle)]
     return Group(*parts)
@@ -108,16 +121,16 @@ def _legend(what: str) -> "Text":
     return legend
 
 
-def _served(found: Inspection) -> "Table":
+def _served(found: Inspection, queries: str, fits: list[tuple[ServedLayer, Fit | None]]) -> "Table":
     columns = ("layer", "by", "recall", "chance", "even", "mass", "best", "chance", "even")
     table = _table(
-        "Served layers: recall of own top blocks, mass of own attention",
+        f"Served layers, queries {queries}",
         *(*columns, "window", "seen", "1st"),
-        caption=_served_caption(found),
+        caption=_served_caption(found, [fit for _, fit in fits if fit is not None]),
     )
-    for layer in found.served_layers:
+    for layer, fit in fits:
         cells = ["-"] * 10
-        if (fit := layer.fit) is not None:
+        if fit is not None:
             recalls = (fit.recall, fit.recall_random, fit.recall_even)
             masses = (fit.mass_selected, fit.mass_own_best, fit.mass_random, fit.mass_even)
             covered = (fit.mass_window, fit.mass_seen, fit.mass_first_block)
@@ -126,8 +139,8 @@ def _served(found: Inspection) -> "Table":
     return table
 
 
-def _served_caption(found: Inspection) -> str:
-    spec, fits = found.spec, [x.fit for x in found.served_layers if x.fit is not None]
+def _served_caption(found: Inspection, fits: list[Fit]) -> str:
+    spec = found.spec
     if not fits:
         return (
             f"up to {spec.top_k_tokens:,} tokens every block is selected: give a longer text to "
@@ -136,8 +149,9 @@ def _served_caption(found: Inspection) -> str:
     sink = sum(fit.mass_sink for fit in fits) / len(fits)
     of_sink = f"; the family's own sinks take {sink:.0%}" if sink > 0.0005 else ""
     return (
-        f"means over the {fits[0].queries:,} queries that see more than {spec.top_k_tokens:,} "
-        "tokens; mass: on the selection, own best blocks, chance, evenly spaced blocks, window, "
+        f"means over {fits[0].queries:,} queries that see more than {spec.top_k_tokens:,} "
+        "tokens; recall: of own top blocks, by chance, of evenly spaced ones; mass: of own "
+        "attention on the selection, own best blocks, chance, evenly spaced ones, window, "
         f"selection and window, first block{of_sink}"
     )
 
@@ -156,12 +170,12 @@ def _branches(found: Inspection) -> "Table":
     return table
 
 
-def _overlap(overlap: list[list[float]], pattern: str) -> list[Any]:
+def _overlap(queries: str, overlap: list[list[float]], pattern: str) -> list[Any]:
     """Per cent where so many columns fit, shades where not."""
     from rich.text import Text
 
-    title = Text("Overlap: of a layer's mass on its own best blocks (column), how much is on")
-    title.append("\nthose of an earlier layer (row)").stylize("bold")
+    title = Text(f"Overlap, queries that {queries}: of a layer's mass (column) on its own best\n")
+    title.append("blocks, how much is on those of an earlier layer (row)").stylize("bold")
     written = len(overlap) <= MOST_WRITTEN_LAYERS
     layers = range(len(overlap))
     header = "".join(f"{layer:3}" if written else pattern[layer] for layer in layers)
