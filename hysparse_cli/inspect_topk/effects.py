@@ -1,20 +1,19 @@
 """What becomes of an answer when the needle's blocks are forced into the selections."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hysparse_cli.convert.ledger import steps_of
 from hysparse_cli.inspect_topk.reading import Asked
 from hysparse_cli.logits import hidden_states, logits_of
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.state import Variation
 
-FULL, SELECTION, AS_IT_IS = "full attention", "selection", "as it is"
+FULL, OWN_KEYS, AS_IT_IS = "full attention", "own keys", "as it is"
 OnProgress = Callable[[int, int], None]
 
 
@@ -22,8 +21,9 @@ OnProgress = Callable[[int, int], None]
 class Effect:
     """The answer in one forward.
 
-    attention: how the sparse layers attend: "full attention", to all of their own keys;
-    "selection", to their own keys at the selected blocks and nothing else; "as it is".
+    attention: how the sparse layers attend: "full attention", to all of their own keys; "own keys",
+    to those at the selected blocks and in the window, as one softmax: what selection alone does;
+    "as it is", with shared keys and values, gates and sinks.
     forced_into: the full layers whose selections were given the needle's blocks. nats: of the
     answer's tokens, mean; probability: of the whole answer; None without one. next_token: the
     likeliest where the answer begins, or after the text.
@@ -71,7 +71,7 @@ def measure_effects(
 
     Args:
         model: with sparse attention layers.
-        by_server: SELECTION or AS_IT_IS: for that, they are also forced into one layer's alone.
+        by_server: OWN_KEYS or AS_IT_IS: for that, they are also forced into one layer's alone.
         on_progress: told forwards done, and of how many.
     """
     forwards = list(_forwards(spec, blocks, by_server))
@@ -92,9 +92,9 @@ def _forwards(
 ) -> Iterator[tuple[str, Variation]]:
     layout = spec.layers
     sparse, servers = frozenset(layout.sparse_layers), [*filter(layout.serves, layout.full_layers)]
-    alone, *_, last = steps_of(spec)
-    for name, step in ((SELECTION, alone), (AS_IT_IS, last)):
+    own = replace(spec, sparse_kv="own", window_kv="none" if spec.window_kv == "none" else "own")
+    for name, switches in ((OWN_KEYS, own), (AS_IT_IS, spec)):
         each = [[server] for server in servers] if name == by_server and len(servers) > 1 else []
         for into in ([], servers, *each):
             forced = dict.fromkeys(into, tuple(blocks))
-            yield name, Variation(step.spec, sparse, step.learned, forced)
+            yield name, Variation(switches, sparse, switches is spec, forced)

@@ -9,7 +9,7 @@ from hysparse_cli.devices import describe, out_of_memory_is
 from hysparse_cli.inspect_topk.effects import (
     AS_IT_IS,
     FULL,
-    SELECTION,
+    OWN_KEYS,
     Effect,
     answer_in,
     measure_effects,
@@ -107,7 +107,7 @@ def _needle(
     in_full = Effect(FULL, [], *answer_in(model, tokenizer, ids, asked, hidden))
     if subject.plan is not None:
         subject.convert_in_memory(on_stage)
-    by_server = AS_IT_IS if subject.plan is None else SELECTION
+    by_server = AS_IT_IS if subject.plan is None else OWN_KEYS
     effects = measure_effects(
         model, tokenizer, spec, ids, asked, blocks, by_server, lambda *at: on_stage("needle", *at)
     )

@@ -250,7 +250,8 @@ def _effects(effects: list[Effect]) -> "Table":
     table = _table(
         "What becomes of it with the needle's blocks forced into selections",
         *("sparse layers", "forced into", "nats", "probability", "likeliest next"),
-        caption="selection: own keys at the selected blocks alone; nats: of the answer's tokens",
+        caption="own keys: those at the selected blocks and in the window, no gates; as it is: "
+        "shared keys and values, gates and sinks; nats: of the answer's tokens",
     )
     for effect in effects:
         into = ", ".join(map(str, effect.forced_into)) or "-"
