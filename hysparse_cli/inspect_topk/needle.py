@@ -17,8 +17,9 @@ class LayerNeedle:
     top_head_mass: of the head that gives it most. rank: of the block among those the query sees, by
     the layer's own scores, in the KV head that ranks it best (means over the queries). selected: in
     what part of the lists that the layer writes or reads (queries x KV heads) the block is;
-    selected_by_kv_head: of each KV head; selected_ever: of all queries that see the block; None
-    for a full layer that serves none. gate: of the block-sparse branch, mean; read, top_head_read:
+    selected_for_top_head: of the lists for the head that gives it most; selected_by_kv_head: of
+    each KV head; selected_ever: of all queries that see the block; None for a full layer that
+    serves none. gate: of the block-sparse branch, mean; read, top_head_read:
     gate times what the branch's softmax gives the block; None where the layer did not run sparse.
     """
 
@@ -27,6 +28,7 @@ class LayerNeedle:
     top_head_mass: float
     rank: float
     selected: float | None
+    selected_for_top_head: float | None
     selected_by_kv_head: list[float] | None
     selected_ever: float | None
     gate: float | None
@@ -69,19 +71,22 @@ class NeedleEye:
         read = torch.stack(self.read).mean(0) if self.read else None
         found = []
         for i, block in enumerate(self.blocks):
-            by_head = ever = None
+            by_head, ever = None, None
             if selection is not None:
                 is_in = (selection == block).any(-1).float()  # [T, G]
-                by_head = is_in[self.queries].mean(0)
+                by_head = is_in[self.queries].mean(0).tolist()
                 ever = float(is_in[block * block_size :].mean())
+            top_head = int(mass[:, i].argmax())
+            group = top_head * len(rank) // len(mass)
             found.append(
                 LayerNeedle(
                     layer=layer,
                     mass=float(mass[:, i].mean()),
-                    top_head_mass=float(mass[:, i].max()),
+                    top_head_mass=float(mass[top_head, i]),
                     rank=float(rank[:, i].min()),
-                    selected=None if by_head is None else float(by_head.mean()),
-                    selected_by_kv_head=None if by_head is None else by_head.tolist(),
+                    selected=None if by_head is None else sum(by_head) / len(by_head),
+                    selected_for_top_head=None if by_head is None else by_head[group],
+                    selected_by_kv_head=by_head,
                     selected_ever=ever,
                     gate=float(torch.stack(self.gate).mean()) if self.gate else None,
                     read=None if read is None else float(read[:, i].mean()),

@@ -148,11 +148,12 @@ def _served_caption(found: Inspection, fits: list[Fit]) -> str:
         )
     sink = sum(fit.mass_sink for fit in fits) / len(fits)
     of_sink = f"; the family's own sinks take {sink:.0%}" if sink > 0.0005 else ""
+    queries = fits[0].queries
+    over = "one query that sees" if queries == 1 else f"{queries:,} queries that see"
     return (
-        f"means over {fits[0].queries:,} queries that see more than {spec.top_k_tokens:,} "
-        "tokens; recall: of own top blocks, by chance, of evenly spaced ones; mass: of own "
-        "attention on the selection, own best blocks, chance, evenly spaced ones, window, "
-        f"selection and window, first block{of_sink}"
+        f"means over {over} more than {spec.top_k_tokens:,} tokens; recall: of own top blocks, by "
+        "chance, of evenly spaced ones; mass: of own attention on the selection, own best blocks, "
+        f"chance, evenly spaced ones, window, selection and window, first block{of_sink}"
     )
 
 
@@ -211,35 +212,38 @@ def _needle(found: Inspection, needle: Needle) -> list[Any]:
         Text(f"tokens {begin} to {end - 1}; looked for by {what} ({asked})"),
     ]
     for block in needle.blocks:
-        lines.append(_needle_block(found, block))
-    return [*lines, _effects(needle.effects)]
+        lines += [Text(), _needle_block(found, block)]
+    lines[-1].caption = _needle_caption(found)
+    return [*lines, Text(), _effects(needle.effects)]
 
 
 def _needle_block(found: Inspection, block: NeedleBlock) -> "Table":
     size = found.spec.block_size
     begin, end = block.block * size, min((block.block + 1) * size, found.tokens) - 1
-    table = _table(
-        f"Block {block.block}, tokens {begin} to {end}",
-        *("layer", "mass", "top head", "rank", "selected", "ever"),
-        *(("gate", "read", "top head") if found.kind == "converted" else ()),
-        caption="mass: of own attention at those queries; rank: among the blocks they see; "
-        "selected: of the lists of those queries, of all queries"
-        + (
-            "; read: gate times what the branch gives the block"
-            if found.kind == "converted"
-            else ""
-        ),
-    )
+    columns = ["layer", "mass", "top head", "rank", "listed", "for it", "ever"]
+    if found.kind == "converted":
+        columns += ["gate", "read", "top head"]
+    table = _table(f"Block {block.block}, tokens {begin} to {end}", *columns)
     for layer in block.layers:
         table.add_row(*_needle_cells(found, layer))
     return table
+
+
+def _needle_caption(found: Inspection) -> str:
+    read = "; read: gate times what the branch gives the block"
+    return (
+        "mass: of own attention at those queries; rank: among the blocks they see; listed: in the "
+        "lists of those queries, in those for the top head, in those of all queries"
+        + (read if found.kind == "converted" else "")
+    )
 
 
 def _needle_cells(found: Inspection, layer: LayerNeedle) -> list[str]:
     kind = found.spec.pattern[layer.layer]
     cells = [f"{layer.layer} {kind}", f"{layer.mass:.1%}", f"{layer.top_head_mass:.1%}"]
     cells.append(f"{layer.rank:.0f}")
-    cells += [_share(layer.selected), _share(layer.selected_ever)]
+    lists = (layer.selected, layer.selected_for_top_head, layer.selected_ever)
+    cells += [_share(share) for share in lists]
     if found.kind == "converted":
         cells.append("-" if layer.gate is None else f"{layer.gate:.2f}")
         cells += [_share(layer.read, 1), _share(layer.top_head_read, 1)]
@@ -265,7 +269,7 @@ def _share(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{value:.{digits}%}"
 
 
-def _table(title: str, *columns: str, caption: str) -> "Table":
+def _table(title: str, *columns: str, caption: str | None = None) -> "Table":
     from rich import box
     from rich.table import Table
 
