@@ -1,5 +1,6 @@
 """An inspection for a terminal of 80 columns: heatmaps that read without colour, and tables."""
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hysparse_cli.inspect_topk.effects import Effect
@@ -11,12 +12,10 @@ from hysparse_cli.inspect_topk.result import (
     Inspection,
     Needle,
     NeedleBlock,
-    ServedLayer,
 )
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
 # share above which a cell looks so; the shade reads without colour too
@@ -40,19 +39,18 @@ def as_table(found: Inspection) -> "Group":
     parts: list[Any] = [Text(_headline(found))]
     for full in found.full_layers:
         parts += [Text(), *_full_layer(found, full)]
-    parts += [Text(), _legend("Down: queries, right: keys. Selected:"), Text()]
-    fits = [(layer, layer.fit) for layer in found.served_layers]
-    parts.append(_served(found, "that choose", fits))
-    at_answers = [(layer, layer.answer_fit) for layer in found.served_layers]
-    if any(fit is not None for _, fit in at_answers):
-        parts += [Text(), _served(found, "that answer", at_answers)]
+    parts += [Text(), _legend("Down: queries, right: keys. Selected:")]
+    parts += _served(found, "choose", [layer.fit for layer in found.served_layers])
+    at_answers = [layer.answer_fit for layer in found.served_layers]
+    if any(fit is not None for fit in at_answers):
+        parts += _served(found, "answer", at_answers)
     if any(layer.branches is not None for layer in found.served_layers):
-        parts += [Text(), _branches(found)]
+        parts += _branches(found)
     for queries, overlap in (("choose", found.overlap), ("answer", found.answer_overlap)):
         if overlap is not None and len(overlap) <= MOST_OVERLAP_LAYERS:
             parts += [Text(), *_overlap(queries, overlap, found.spec.pattern)]
     if found.needle is not None:
-        parts += [Text(), *_needle(found, found.needle)]
+        parts += _needle(found, found.needle)
     return Group(*parts)
 
 
@@ -121,54 +119,49 @@ def _legend(what: str) -> "Text":
     return legend
 
 
-def _served(found: Inspection, queries: str, fits: list[tuple[ServedLayer, Fit | None]]) -> "Table":
+def _served(found: Inspection, queries: str, fits: Sequence[Fit | None]) -> list[Any]:
     columns = ("layer", "by", "recall", "chance", "even", "mass", "best", "chance", "even")
-    table = _table(
-        f"Served layers, queries {queries}",
-        *(*columns, "window", "seen", "1st"),
-        caption=_served_caption(found, [fit for _, fit in fits if fit is not None]),
-    )
-    for layer, fit in fits:
+    rows = []
+    for layer, fit in zip(found.served_layers, fits, strict=True):
         cells = ["-"] * 10
         if fit is not None:
             recalls = (fit.recall, fit.recall_random, fit.recall_even)
             masses = (fit.mass_selected, fit.mass_own_best, fit.mass_random, fit.mass_even)
             covered = (fit.mass_window, fit.mass_seen, fit.mass_first_block)
             cells = [f"{share:.0%}" for share in (*recalls, *masses, *covered)]
-        table.add_row(str(layer.layer), str(layer.server), *cells)
-    return table
+        rows.append((str(layer.layer), str(layer.server), *cells))
+    below = _served_caption(found, [fit for fit in fits if fit is not None])
+    title = f"Served layers, queries that {queries}"
+    return _titled(title, (*columns, "window", "seen", "1st"), rows, below)
 
 
 def _served_caption(found: Inspection, fits: list[Fit]) -> str:
-    spec = found.spec
+    kept = f"{found.spec.top_k_tokens:,} tokens"
     if not fits:
-        return (
-            f"up to {spec.top_k_tokens:,} tokens every block is selected: give a longer text to "
-            "see recall and mass"
-        )
-    sink = sum(fit.mass_sink for fit in fits) / len(fits)
-    of_sink = f"; the family's own sinks take {sink:.0%}" if sink > 0.0005 else ""
-    queries = fits[0].queries
+        return f"up to {kept} every block is selected: give a longer text to see recall and mass"
+    queries, sink = fits[0].queries, sum(fit.mass_sink for fit in fits) / len(fits)
     over = "one query that sees" if queries == 1 else f"{queries:,} queries that see"
+    of_sink = f"; the family's own sinks take {sink:.0%}" if sink > 0.0005 else ""
     return (
-        f"means over {over} more than {spec.top_k_tokens:,} tokens; recall: of own top blocks, by "
-        "chance, of evenly spaced ones; mass: of own attention on the selection, own best blocks, "
-        f"chance, evenly spaced ones, window, selection and window, first block{of_sink}"
+        f"means over {over} more than {kept}; recall: of own top blocks, by chance, of evenly "
+        "spaced ones; mass: of own attention on the selection, own best blocks, chance, evenly "
+        f"spaced ones, window, selection and window, first block{of_sink}"
     )
 
 
-def _branches(found: Inspection) -> "Table":
-    table = _table(
-        "Branches of the sparse layers: block-sparse, window",
-        *("layer", "gates", "to their sinks"),
-        caption="means over all queries and heads",
-    )
-    for layer in found.served_layers:
-        if (branches := layer.branches) is not None:
-            gates = f"{branches.gate_sparse:.2f} {branches.gate_window:.2f}"
-            sinks = f"{branches.sink_sparse:.1%} {branches.sink_window:.1%}"
-            table.add_row(str(layer.layer), gates, sinks)
-    return table
+def _branches(found: Inspection) -> list[Any]:
+    rows = [
+        (
+            str(layer.layer),
+            f"{layer.branches.gate_sparse:.2f} {layer.branches.gate_window:.2f}",
+            f"{layer.branches.sink_sparse:.1%} {layer.branches.sink_window:.1%}",
+        )
+        for layer in found.served_layers
+        if layer.branches is not None
+    ]
+    title = "Branches of the sparse layers: block-sparse, window"
+    below = "means over all queries and heads; to sinks: of each branch's softmax"
+    return _titled(title, ("layer", "gates", "to sinks"), rows, below)
 
 
 def _overlap(queries: str, overlap: list[list[float]], pattern: str) -> list[Any]:
@@ -207,26 +200,25 @@ def _needle(found: Inspection, needle: Needle) -> list[Any]:
     what = "the next token" if not needle.answer else f"the answer {needle.answer.strip()!r}"
     first, last = needle.queries[0], needle.queries[-1]
     asked = f"query {first}" if first == last else f"queries {first} to {last}"
-    lines: list[Any] = [
+    parts: list[Any] = [
+        Text(),
         Text(f"Needle {needle.text.strip()!r}", style="bold"),
         Text(f"tokens {begin} to {end - 1}; looked for by {what} ({asked})"),
     ]
     for block in needle.blocks:
-        lines += [Text(), _needle_block(found, block)]
-    lines[-1].caption = _needle_caption(found)
-    return [*lines, Text(), _effects(needle.effects)]
+        parts += _needle_block(found, block, is_last=block is needle.blocks[-1])
+    return parts + _effects(needle.effects)
 
 
-def _needle_block(found: Inspection, block: NeedleBlock) -> "Table":
+def _needle_block(found: Inspection, block: NeedleBlock, *, is_last: bool) -> list[Any]:
     size = found.spec.block_size
     begin, end = block.block * size, min((block.block + 1) * size, found.tokens) - 1
     columns = ["layer", "mass", "top head", "rank", "listed", "for it", "ever"]
     if found.kind == "converted":
         columns += ["gate", "read", "top head"]
-    table = _table(f"Block {block.block}, tokens {begin} to {end}", *columns)
-    for layer in block.layers:
-        table.add_row(*_needle_cells(found, layer))
-    return table
+    rows = [_needle_cells(found, layer) for layer in block.layers]
+    below = _needle_caption(found) if is_last else ""
+    return _titled(f"Block {block.block}, tokens {begin} to {end}", columns, rows, below)
 
 
 def _needle_caption(found: Inspection) -> str:
@@ -250,38 +242,38 @@ def _needle_cells(found: Inspection, layer: LayerNeedle) -> list[str]:
     return cells
 
 
-def _effects(effects: list[Effect]) -> "Table":
-    table = _table(
-        "What becomes of it with the needle's blocks forced into selections",
-        *("sparse layers", "forced into", "nats", "probability", "likeliest next"),
-        caption="own keys: those at the selected blocks and in the window, no gates; as it is: "
-        "shared keys and values, gates and sinks; nats: of the answer's tokens",
-    )
+def _effects(effects: list[Effect]) -> list[Any]:
+    rows = []
     for effect in effects:
         into = ", ".join(map(str, effect.forced_into)) or "-"
         nats = "-" if effect.nats is None else f"{effect.nats:.3f}"
         next_token = f"{effect.next_token!r} {effect.next_probability:.0%}"
-        table.add_row(effect.attention, into, nats, _share(effect.probability, 1), next_token)
-    return table
+        rows.append((effect.attention, into, nats, _share(effect.probability, 1), next_token))
+    columns = ("sparse layers", "forced into", "nats", "probability", "likeliest next")
+    below = (
+        "own keys: those at the selected blocks and in the window, no gates; as it is: shared keys "
+        "and values, gates and sinks; nats: of the answer's tokens"
+    )
+    title = "What becomes of it with the needle's blocks forced into selections"
+    return _titled(title, columns, rows, below)
 
 
 def _share(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{value:.{digits}%}"
 
 
-def _table(title: str, *columns: str, caption: str | None = None) -> "Table":
+def _titled(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], below: str
+) -> list[Any]:
+    """A table, and what to read it with: as wide as the terminal, however narrow the table."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption=caption,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    return table
+    for row in rows:
+        table.add_row(*row)
+    parts = [Text(), Text(title, style="bold"), table]
+    return [*parts, Text(below, style="italic")] if below else parts
