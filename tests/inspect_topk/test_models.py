@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hysparse_cli.inspect_topk import inspect_topk
 from hysparse_cli.inspect_topk.look import look
-from hysparse_cli.inspect_topk.reading import Reading
+from hysparse_cli.inspect_topk.reading import Asked, Reading
 from hysparse_cli.inspect_topk.subject import Subject, load_subject
-from hysparse_cli.model.attention import Branches
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
 from hysparse_cli.selection.overlap import QUERIES_PER_ROW, measure_overlap
-from hysparse_kernels import block_sparse_attention
+from hysparse_kernels import block_sparse_attention, sliding_window_attention
 from tests.conftest import Hysparse
+from tests.model import tiny
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside. " * 9
 SMALL = {"block_size": 8, "top_k_tokens": 32, "window_tokens": 16}
@@ -104,67 +104,83 @@ def test_overlap_is_what_dp_goes_by(tiny_original: Path) -> None:
             assert found.overlap[a][b] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.fixture
-def gated(tiny_converted: Path) -> Subject:
-    """The converted tiny model with gates and sinks that say something."""
-    options = InspectOptions(device="cpu")
-    subject = load_subject(str(tiny_converted), options, ConvertOptions(), (), lambda *at: None)
-    torch.manual_seed(1)
-    for module in subject.model.modules():
-        if isinstance(module, Branches):
-            for parameter in module.parameters():
-                torch.nn.init.normal_(parameter, std=1.5)
-    return subject
+def gated(family: str, **switches: Any) -> Subject:
+    """A converted random model with gates and sinks that say something."""
+    spec = HysparseSpec("FSSFS", block_size=8, top_k_tokens=16, window_tokens=8, **switches)
+    return Subject(tiny.hysparse_model(family, spec), None, spec, None)
 
 
-def test_gates_and_sinks_are_what_the_branches_do(gated: Subject) -> None:
-    ids = torch.arange(3, 63).tolist()
-    observed: dict[int, dict[str, Any]] = {}
+def observed(subject: Subject, ids: list[int]) -> tuple[Tensor, dict[int, dict[str, Any]]]:
+    """What the head reads, and what the model's own observer is told of each layer."""
+    seen: dict[int, dict[str, Any]] = {}
     with torch.no_grad():
-        gated.model(
+        output = subject.model.model(
             torch.tensor([ids]),
-            hysparse_observer=lambda **seen: observed.update({seen["layer"]: seen}),
+            hysparse_observer=lambda **found: seen.update({found["layer"]: found}),
         )
-    seen, _ = look(gated, Reading(ids, "", None, []), lambda *at: None)
-    assert list(seen.branches) == [1, 2]
+    return output.last_hidden_state, seen
+
+
+IDS = torch.arange(3, 73).tolist()
+GATED: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in ("qwen3", "gemma2", "gpt_oss")),
+    *(("qwen3", switch) for switch in ({"sparse_kv": "own"}, {"window_kv": "shared"})),
+    ("qwen3", {"window_kv": "none"}),
+]
+
+
+@pytest.mark.parametrize(("family", "switches"), GATED, ids=str)
+def test_gates_sinks_and_reads_are_what_the_branches_do(
+    family: str, switches: dict[str, Any]
+) -> None:
+    """Values that are one hot by block make each branch give what it gives to every block."""
+    subject = gated(family, **switches)
+    asked = Asked(needle=(20, 21), answer=(70, 70))
+    seen, _ = look(subject, Reading(IDS, "", asked, []), lambda *at: None)
+    _, layers = observed(subject, IDS)
+    assert list(seen.branches) == [1, 2, 4]
+    block = torch.arange(70) // 8
     for layer, branches in seen.branches.items():
-        here = observed[layer]
-        gates = here["gates"].mean((0, 1, 2)).tolist()
-        assert [branches.gate_sparse, branches.gate_window] == pytest.approx(gates)
-        module = gated.model.get_submodule(f"model.layers.{layer}.self_attn.hysparse")
+        here, server = layers[layer], layers[0 if layer < 3 else 3]
+        module = subject.model.get_submodule(f"model.layers.{layer}.self_attn.hysparse")
         sinks = module.sinks.detach()
-        ones = torch.ones_like(here["v"])  # what a branch gives is then what its sink leaves
-        common = {"block_size": 8, "scale": here["scale"]}
-        k = observed[0]["k"]
+        if here["sinks"] is not None:
+            sinks = sinks + here["sinks"].detach()[:, None]
+        options = {name: here[name] for name in ("scale", "softcap")}
+        one_hot = torch.eye(9, dtype=torch.float64)[block][None, :, None].expand(1, 70, 2, 9)
+        k = here["k"] if switches.get("sparse_kv") == "own" else server["k"]
         sparse = block_sparse_attention(
-            here["q"], k, ones, here["block_idx"], sinks=sinks[:, 0], **common
-        )
-        assert branches.sink_sparse == pytest.approx(1 - float(sparse.out.mean()), abs=1e-5)
-        window = torch.arange(60)[:, None] // 1
-        logits = torch.einsum("thd,shd->hts", here["q"][0], here["k"][0].repeat_interleave(2, 1))
-        keys = torch.arange(60)
-        hidden = (keys > window) | (keys <= window - 8)
-        logits = (logits * here["scale"]).masked_fill(hidden, -torch.inf)
-        taken = torch.sigmoid(sinks[:, 1, None] - logits.logsumexp(-1)).mean()
-        assert branches.sink_window == pytest.approx(float(taken), abs=1e-5)
+            here["q"], k, one_hot, here["block_idx"], block_size=8, sinks=sinks[:, 0], **options
+        ).out[0]
+        assert branches.sink_sparse == pytest.approx(1 - float(sparse.sum(-1).mean()), abs=1e-5)
+        gates = torch.tensor([1.0, 0.0]) if here["gates"] is None else here["gates"][0]
+        means = gates.expand(70, 4, 2).mean((0, 1)).tolist()
+        assert [branches.gate_sparse, branches.gate_window] == pytest.approx(means)
+        (needle,) = (found for found in seen.needle[0] if found.layer == layer)
+        read = gates.expand(70, 4, 2)[69, :, 0] * sparse[69, :, 2]
+        assert needle.read == pytest.approx(float(read.mean()), abs=1e-5)
+        assert needle.top_head_read == pytest.approx(float(read.max()), abs=1e-5)
+        if switches.get("window_kv") == "none":
+            assert branches.sink_window == 0
+            continue
+        k = server["k"] if switches.get("window_kv") == "shared" else here["k"]
+        window = sliding_window_attention(
+            here["q"], k, one_hot, window_tokens=8, sinks=sinks[:, 1], **options
+        ).out[0]
+        assert branches.sink_window == pytest.approx(1 - float(window.sum(-1).mean()), abs=1e-5)
 
 
-def test_a_converted_model_is_looked_at_as_it_runs(gated: Subject) -> None:
-    ids = torch.arange(3, 63).tolist()
-    seen, hidden = look(gated, Reading(ids, "", None, [40, 50]), lambda *at: None)
-    observed: dict[int, Tensor] = {}
-
-    def observer(**found: Any) -> None:
-        if found["block_idx"] is not None:
-            observed[found["layer"]] = found["block_idx"]
-
-    with torch.no_grad():
-        output = gated.model.model(torch.tensor([ids]), hysparse_observer=observer)
-    assert torch.equal(hidden, output.last_hidden_state)
-    assert torch.equal(seen.selections[0], observed[0][0])
+def test_a_converted_model_is_looked_at_as_it_runs() -> None:
+    subject = gated("qwen3")
+    seen, hidden = look(subject, Reading(IDS, "", None, [5, 40, 50]), lambda *at: None)
+    expected, layers = observed(subject, IDS)
+    assert torch.equal(hidden, expected)
+    assert list(seen.selections) == [0, 3]
+    for layer, selection in seen.selections.items():
+        assert torch.equal(selection, layers[layer]["block_idx"][0])
     fit, answer_fit = seen.fits[1]
     assert fit is not None and answer_fit is not None
-    assert (fit.queries, answer_fit.queries) == (44, 2)
+    assert (fit.queries, answer_fit.queries) == (54, 2)  # query 5 has nothing to choose
 
 
 def test_recipes_plan_for_dense_models_only(
