@@ -68,8 +68,7 @@ def inspect_topk(
 ) -> None:
     """Show which blocks the full layers select, and how well that fits the layers they serve.
 
-    A converted checkpoint runs as it is (does it work?), a dense one densely, under the layout that
-    convert would give it (would it work?).
+    A converted checkpoint runs as it is; a dense one densely, under the layout of convert.
     """
     from hysparse_cli.recipe import (
         ConvertOptions,

@@ -48,8 +48,10 @@ def branch_slab(
     """
     sparse = served if spec.sparse_kv == "shared" else own
     window = own if spec.window_kv == "own" else served
-    selected = on_blocks(sparse.mass, selection)
-    lse = torch.stack([sparse.lse + selected.log(), window.lse + window.window.sum(-1).log()], -1)
+    tiny = torch.finfo(sparse.mass.dtype).tiny  # nothing of a branch's keys: its sink takes all
+    selected = on_blocks(sparse.mass, selection).clamp(min=tiny)
+    recent = window.window.sum(-1).clamp(min=tiny)
+    lse = torch.stack([sparse.lse + selected.log(), window.lse + recent.log()], -1)
     taken = torch.sigmoid(sinks - lse)
     is_selected = selection[..., None, :] == torch.arange(sparse.mass.shape[-1])[:, None].to(
         selection.device

@@ -52,9 +52,18 @@ def visible_pairs(tokens: int, block_size: int) -> Tensor:
 def smaller(cells: Map, tokens: int, block_size: int) -> Map:
     """A map of a terminal's size: neighbouring cells of ``cells`` put together."""
     visible = visible_pairs(tokens, block_size)
-    shares = torch.tensor([[0.0 if cell is None else cell for cell in row] for row in cells])
-    pooled = _pooled(shares * visible) / _pooled(visible)
+    pooled = _pooled(_shares(cells).nan_to_num() * visible) / _pooled(visible)
     return _optional(pooled)
+
+
+def mean_map(maps: list[Map]) -> Map:
+    """Of the KV heads of a layer."""
+    return _optional(torch.stack(list(map(_shares, maps))).mean(0))
+
+
+def _shares(cells: Map) -> Tensor:
+    """None as NaN."""
+    return torch.tensor([[torch.nan if cell is None else cell for cell in row] for row in cells])
 
 
 def _pooled(values: Tensor) -> Tensor:

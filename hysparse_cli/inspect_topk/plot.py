@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from hysparse_cli.inspect_topk.maps import mean_map
 from hysparse_cli.inspect_topk.result import Inspection
 
 if TYPE_CHECKING:
@@ -71,9 +72,9 @@ def _draw_served(axes: Any, found: Inspection) -> None:
 def _draw_map(axes: Any, found: Inspection, place: int) -> None:
     import numpy as np
 
-    heads = np.array([head.map for head in found.full_layers[place].heads], np.float64)
+    cells = mean_map([head.map for head in found.full_layers[place].heads])
     axes.imshow(
-        heads.mean(0),
+        np.array(cells, np.float64),
         cmap=COLOURS,
         vmin=0,
         vmax=1,

@@ -1,11 +1,12 @@
 """``hysparse inspect-topk``: what the full layers select, and how that fits those they serve."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hysparse_cli.devices import describe, out_of_memory_is
+from hysparse_cli.errors import UnreadableInput
 from hysparse_cli.inspect_topk.effects import (
     AS_IT_IS,
     FULL,
@@ -27,12 +28,10 @@ from hysparse_cli.inspect_topk.result import (
     NeedleBlock,
     ServedLayer,
 )
-from hysparse_cli.inspect_topk.subject import Subject, load_subject
+from hysparse_cli.inspect_topk.subject import OnStage, Subject, load_subject
 from hysparse_cli.logits import hidden_states
 from hysparse_cli.model.state import Variation
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
-
-OnStage = Callable[[str, int, int], None]
 
 
 def inspect_topk(
@@ -49,7 +48,8 @@ def inspect_topk(
         planned: the layout that a dense model is looked at under; convert's defaults without it.
         layout_flags: see ``load_subject``.
         on_stage: told the stage, and steps done and in all.
-    Raises: what ``load_subject`` and ``read`` raise; OutOfResources.
+    Raises: what ``load_subject`` and ``read`` raise; UnreadableInput where the model gives NaN or
+        infinity; OutOfResources.
     """
     planned = planned or ConvertOptions()
     subject = load_subject(checkpoint, options, planned, layout_flags, on_stage)
@@ -61,6 +61,11 @@ def inspect_topk(
     )
     with out_of_memory_is(line):
         seen, hidden = look(subject, reading, lambda *at: on_stage("layers", *at))
+        if not bool(hidden.isfinite().all()):
+            raise UnreadableInput(
+                f"{checkpoint} gives NaN or infinity on {reading.source}: its weights are damaged, "
+                "or it needs another dtype"
+            )
         needle = _needle(subject, reading, seen, hidden, on_stage)
     layout = subject.spec.layers
     return Inspection(

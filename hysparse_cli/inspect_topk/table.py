@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from hysparse_cli.inspect_topk.effects import Effect
 from hysparse_cli.inspect_topk.fit import Fit
-from hysparse_cli.inspect_topk.maps import Map, smaller
+from hysparse_cli.inspect_topk.maps import Map, mean_map, smaller
 from hysparse_cli.inspect_topk.needle import LayerNeedle
 from hysparse_cli.inspect_topk.result import (
     FullLayer,
@@ -28,6 +28,7 @@ OVERLAP_SHADES = (
     (0.4, "░", "purple4"),
     (0.0, "·", "grey35"),
 )
+MOST_HEADS = 3  # maps side by side
 MOST_OVERLAP_LAYERS = 76  # a column a layer
 MOST_WRITTEN_LAYERS = 25  # three
 
@@ -81,11 +82,11 @@ def _full_layer(found: Inspection, full: FullLayer) -> list[Any]:
                 f"{sum(moves[0].distances_random[3:]):.0%})"
             )
         )
-    pictures = [
-        _heatmap(f"KV head {i}", smaller(head.map, found.tokens, found.spec.block_size))
-        for i, head in enumerate(full.heads)
-    ]
-    return [*lines, Columns(pictures)]
+    maps = [(f"KV head {i}", head.map) for i, head in enumerate(full.heads)]
+    if len(maps) > MOST_HEADS:
+        maps = [(f"mean of {len(maps)} KV heads", mean_map([head.map for head in full.heads]))]
+    size = found.tokens, found.spec.block_size
+    return [*lines, Columns([_heatmap(name, smaller(cells, *size)) for name, cells in maps])]
 
 
 def _heatmap(title: str, cells: Map) -> "Text":

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -181,6 +182,20 @@ def test_a_converted_model_is_looked_at_as_it_runs() -> None:
     fit, answer_fit = seen.fits[1]
     assert fit is not None and answer_fit is not None
     assert (fit.queries, answer_fit.queries) == (54, 2)  # query 5 has nothing to choose
+
+
+def test_damaged_weights_are_said_to_be(
+    hysparse: Hysparse, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = next(path for path in tiny_checkpoint.glob("*.safetensors"))
+    tensors = load_file(path)
+    for values in tensors.values():
+        values.fill_(torch.nan)
+    save_file(tensors, path, metadata={"format": "pt"})
+    npz = tmp_path / "out.npz"
+    run = hysparse("inspect-topk", tiny_checkpoint, "--prompt", "w1 w2", "--npz", npz)
+    assert run.exit_code == 7 and run.stderr.count("\n") == 1 and run.stdout == ""
+    assert "gives NaN or infinity on the prompt" in run.stderr and not npz.exists()
 
 
 def test_recipes_plan_for_dense_models_only(

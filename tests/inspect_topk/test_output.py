@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hysparse_cli.evaluate.words import WORDS
+from hysparse_cli.inspect_topk.maps import Map, mean_map
 from hysparse_cli.inspect_topk.plot import BARS, as_figure
 from hysparse_cli.inspect_topk.run import inspect_topk
 from hysparse_cli.inspect_topk.table import FAINT, HIDDEN, NEVER, SHADES, shade
@@ -43,6 +44,14 @@ def test_the_terminal_shows_what_it_showed(
     if not GOLDEN.exists():
         GOLDEN.write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert lines == GOLDEN.read_text(encoding="utf-8").splitlines()
+
+
+def test_maps_of_many_heads_are_shown_as_their_mean(hysparse: Hysparse, stories_260k: Path) -> None:
+    args = ("--prompt", "Once upon a time. " * 20, "--block-size", 8, "--top-k-tokens", 16)
+    out = hysparse("inspect-topk", stories_260k, *args).stdout
+    assert out.count("mean of 4 KV heads") == 1 and "KV head 0" not in out
+    maps: list[Map] = [[[0.25, None], [0.5, 1.0]], [[0.75, None], [0.0, 0.5]]]
+    assert mean_map(maps) == [[0.5, None], [0.25, 0.75]]
 
 
 def test_shades_read_without_colour() -> None:
