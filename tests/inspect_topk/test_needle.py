@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from hysparse_cli.calibrate.text import calibration_text
 from hysparse_cli.documents import read_documents
 from hysparse_cli.inspect_topk import inspect_topk
 from hysparse_cli.inspect_topk.reading import read
@@ -16,7 +18,7 @@ from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.modeling import make_sparse
 from hysparse_cli.model.state import Variation
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
-from tests.conftest import Hysparse
+from tests.conftest import TINY_WORDS, Hysparse
 from tests.model import tiny
 
 SPEC = HysparseSpec("FSSF", block_size=8, top_k_tokens=16, window_tokens=8)
@@ -72,6 +74,12 @@ def test_needle_and_answer_are_found_token_by_token(tiny_original: Path) -> None
     assert found.asked.queries == found.looking == [27, 28]
     added = reading(tokenizer, prompt=" ".join(words[:28]), needle="w7", answer=" w28 w29")
     assert added.ids == found.ids and added.asked.answer == (28, 30)
+    made_up = reading(tokenizer, max_tokens=256)
+    answers = calibration_text(
+        tokenizer, data=None, text_field="", tokens=256, sequence_tokens=256, seed=0
+    )
+    assert made_up.ids == answers.rows[0].tolist()
+    assert made_up.looking == [i - 1 for i, told in enumerate(answers.answers[0]) if told]
     following = reading(tokenizer, prompt=" ".join(words), needle="w29")
     assert following.asked.answer == (30, 30) and following.asked.queries == [29]
 
@@ -158,6 +166,55 @@ def test_a_converted_models_needle_says_what_its_branches_read(
         *(("as it is", into) for into in ([], [0])),
     ]
     assert all(effect["probability"] is None for effect in needle["effects"])
+
+
+def test_a_planned_layout_runs_as_convert_would_write_it(
+    hysparse: Hysparse, tiny_original: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "convert: {pattern: FSFS, last_layer_full: false, block_size: 8, top_k_tokens: 16,\n"
+        "  window_tokens: 8, init: copy, calibration_tokens: 512,\n"
+        "  calibration_sequence_tokens: 256}\n"
+    )
+    out = tmp_path / "out"
+    assert hysparse("convert", tiny_original, out, "--recipe", recipe).exit_code == 0
+    words = [f"w{11 * i % 61}" for i in range(60)]
+    args = ("--prompt", " ".join(words), "--needle", words[30], "--answer", " ".join(words[-2:]))
+    effects = []
+    for model in (tiny_original, out):
+        run = hysparse("inspect-topk", model, "--recipe", recipe, *args, "--json")
+        assert run.exit_code == 0, run.stderr
+        found = json.loads(run.stdout)["needle"]["effects"]
+        effects.append({(e["attention"], tuple(e["forced_into"])): e for e in found})
+    planned, written = effects
+    everywhere = [("own keys", ()), ("own keys", (0, 2)), ("as it is", ()), ("as it is", (0, 2))]
+    assert [*planned] == [
+        ("full attention", ()),
+        *everywhere[:2],
+        *(("own keys", (server,)) for server in (0, 2)),
+        *everywhere[2:],
+    ]
+    assert [*written] == [
+        ("full attention", ()),
+        *everywhere,
+        *(("as it is", (server,)) for server in (0, 2)),
+    ]
+    for way in everywhere:
+        assert planned[way]["nats"] == pytest.approx(written[way]["nats"], abs=1e-4)
+    assert planned["own keys", ()]["nats"] != planned["own keys", (0, 2)]["nats"]
+
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(tiny_original)
+    ids = torch.tensor([[TINY_WORDS.index(word) for word in words]])
+    with torch.no_grad():
+        log_p = model(ids).logits[0].log_softmax(-1)
+    of_answer = log_p[[57, 58], ids[0, 58:]]
+    dense = planned["full attention", ()]
+    assert dense["nats"] == pytest.approx(-float(of_answer.mean()), rel=1e-4)
+    assert dense["probability"] == pytest.approx(float(of_answer.sum().exp()), rel=1e-3)
+    assert dense["next_token"] == TINY_WORDS[int(log_p[57].argmax())]
+    assert dense["next_probability"] == pytest.approx(float(log_p[57].exp().max()), rel=1e-4)
 
 
 @pytest.mark.parametrize(
