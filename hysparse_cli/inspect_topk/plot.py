@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from hysparse_cli.inspect_topk.maps import mean_map
-from hysparse_cli.inspect_topk.result import Inspection
+from hysparse_cli.inspect_topk.result import FullLayer, Inspection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = "Blues"
+MAPS_ABREAST = 4
 BARS = {  # of a Fit
     "recall": ("recall of own top blocks", "#1d6fa5"),
     "recall_random": ("recall by chance", "#98a2b0"),
@@ -22,15 +23,19 @@ def as_figure(found: Inspection) -> "Figure":
     """The overlap matrix, the served layers, and a map for each full layer (mean of KV heads)."""
     from matplotlib.figure import Figure
 
-    across = max(2, len(found.full_layers))
-    figure = Figure(figsize=(4.2 * across, 8.4), layout="constrained")
-    grid = figure.add_gridspec(2, 2 * across)
-    _draw_overlap(figure.add_subplot(grid[0, :across]), found)
-    _draw_served(figure.add_subplot(grid[0, across:]), found)
-    for i, full in enumerate(found.full_layers):
-        axes = figure.add_subplot(grid[1, 2 * i : 2 * i + 2])
-        _draw_map(axes, found, i)
-        axes.set_title(f"layer {full.layer} selects, for {_span(full.serves)}", fontsize=10)
+    across = min(MAPS_ABREAST, len(found.full_layers))
+    rows = -(-len(found.full_layers) // across)
+    figure = Figure(figsize=(14, 5.5 + 3.6 * rows), layout="constrained")
+    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=[5.5, 3.6 * rows])
+    above, below = parts[:, 0]
+    overlap, served = above.subplots(1, 2)
+    _draw_overlap(overlap, found)
+    _draw_served(served, found)
+    maps = below.subplots(rows, across, squeeze=False).flat
+    for axes in maps[len(found.full_layers) :]:
+        axes.set_axis_off()
+    for axes, full in zip(maps, found.full_layers, strict=False):
+        _draw_map(axes, found, full)
     figure.suptitle(
         f"{found.checkpoint}: {found.spec.pattern}, {found.kind}, {found.tokens:,} tokens, top "
         f"{found.spec.top_k_blocks} blocks of {found.spec.block_size}",
@@ -69,19 +74,13 @@ def _draw_served(axes: Any, found: Inspection) -> None:
     axes.legend(fontsize=7, ncols=3)
 
 
-def _draw_map(axes: Any, found: Inspection, place: int) -> None:
+def _draw_map(axes: Any, found: Inspection, full: FullLayer) -> None:
     import numpy as np
 
-    cells = mean_map([head.map for head in found.full_layers[place].heads])
-    axes.imshow(
-        np.array(cells, np.float64),
-        cmap=COLOURS,
-        vmin=0,
-        vmax=1,
-        aspect="auto",
-        interpolation="nearest",
-        extent=(0, found.tokens, found.tokens, 0),
-    )
+    cells = np.array(mean_map([head.map for head in full.heads]), np.float64)
+    extent = (0, found.tokens, found.tokens, 0)
+    axes.imshow(cells, cmap=COLOURS, vmin=0, vmax=1, aspect="auto", extent=extent)
+    axes.set_title(f"layer {full.layer} selects, for {_span(full.serves)}", fontsize=10)
     axes.set_xlabel("key")
     axes.set_ylabel("query")
 

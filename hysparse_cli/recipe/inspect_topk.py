@@ -7,8 +7,9 @@ class InspectOptions(Section):
     """``hysparse inspect-topk``: ``prompt`` or ``data`` is what the model reads, or made-up text.
 
     A dense model is looked at under the layout that the section ``convert`` plans for it.
-    ``needle`` is a part of the text, and ``answer`` its end (added where the text does not end so):
-    did the layers that predict the answer, or the next token, get the needle's blocks?
+    ``needle`` is a part of the text (its first place counts), and ``answer`` its end (added where
+    the text does not end so): did the layers that predict the answer, or the next token, get the
+    needle's blocks?
 
     Files to write: ``html`` is a page, ``png`` a picture, ``npz`` the arrays; ``lists`` the
     selected blocks of every token, for ``bench kernels``.

@@ -121,7 +121,8 @@ def test_the_picture_draws_the_numbers_of_the_json(tiny_original: Path) -> None:
     found = inspect_topk(str(tiny_original), options, ConvertOptions(pattern="FSSF", **sizes))
     data = found.as_json()
     figure = as_figure(found)
-    overlap, served, picture = (axes for axes in figure.axes if axes.get_label() != "<colorbar>")
+    shown = [axes for axes in figure.axes if axes.axison and axes.get_label() != "<colorbar>"]
+    overlap, served, picture = shown
     drawn = overlap.images[0].get_array()
     assert drawn is not None
     for a in range(4):
