@@ -208,7 +208,7 @@ def _needle(found: Inspection, needle: Needle) -> list[Any]:
     ]
     for block in needle.blocks:
         parts += _needle_block(found, block, is_last=block is needle.blocks[-1])
-    return parts + _effects(needle.effects)
+    return parts + _effects(found, needle.effects)
 
 
 def _needle_block(found: Inspection, block: NeedleBlock, *, is_last: bool) -> list[Any]:
@@ -243,7 +243,7 @@ def _needle_cells(found: Inspection, layer: LayerNeedle) -> list[str]:
     return cells
 
 
-def _effects(effects: list[Effect]) -> list[Any]:
+def _effects(found: Inspection, effects: list[Effect]) -> list[Any]:
     rows = []
     for effect in effects:
         into = ", ".join(map(str, effect.forced_into)) or "-"
@@ -255,6 +255,8 @@ def _effects(effects: list[Effect]) -> list[Any]:
         "own keys: those at the selected blocks and in the window, no gates; as it is: shared keys "
         "and values, gates and sinks; nats: of the answer's tokens"
     )
+    if found.kind == "converted":
+        below += "; full attention and own keys read far keys that healing leaves as they were"
     title = "What becomes of it with the needle's blocks forced into selections"
     return _titled(title, columns, rows, below)
 
