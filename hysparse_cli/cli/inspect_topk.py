@@ -87,5 +87,5 @@ def inspect_topk(
     inspection.check_files(options)
     with stages() as on_stage:
         found = inspection.inspect_topk(checkpoint, options, planned, asked, on_stage)
-    inspection.write_files(found)
     show(found, as_json)
+    inspection.write_files(found)

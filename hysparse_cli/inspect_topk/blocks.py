@@ -32,6 +32,11 @@ class Sizes(NamedTuple):
     top_k_blocks: int
     window_tokens: int
 
+    @property
+    def first_choice(self) -> int:
+        """The first query that sees more blocks than are kept."""
+        return self.top_k_blocks * self.block_size
+
 
 class BlockShares(NamedTuple):
     """The attention of queries ``begin`` to ``end`` by key block, float32 (float64 stays).
@@ -66,13 +71,6 @@ def block_shares(inputs: LayerInputs, sizes: Sizes) -> Iterator[BlockShares]:
             logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
         by_query = logits.view(G, end - begin, H // G, seen).transpose(0, 1)  # [t, G, R, S]
         yield _reduced(by_query, begin, N, sizes, inputs.sinks)
-
-
-def top_blocks(log_score: Tensor, top_k_blocks: int) -> Tensor:
-    """(t, G, K) int32, as ``full_attention`` selects: -1 pads, ties go to the earlier block."""
-    from hysparse_kernels.reference import select_blocks
-
-    return select_blocks(log_score, top_k_blocks)
 
 
 def even_blocks(queries: Tensor, sizes: Sizes) -> Tensor:

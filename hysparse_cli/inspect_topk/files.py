@@ -13,11 +13,13 @@ from hysparse_cli.recipe import InspectOptions
 
 
 def check_files(options: InspectOptions) -> None:
-    """Raises: InvalidRecipe where a file's folder is not there, before any work is done."""
+    """Raises: InvalidRecipe where a file can't be written, before any work is done."""
     for kind in WRITERS:
         path = getattr(options, kind)
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise InvalidRecipe(f"{kind} {path} can't be written: there is no such folder")
+        if path is not None and Path(path).is_dir():
+            raise InvalidRecipe(f"{kind} {path} can't be written: it is a folder")
 
 
 def write_files(inspection: Inspection) -> None:

@@ -46,7 +46,7 @@ class FitSums:
     def add(self, shares: BlockShares, given: Tensor, own: Tensor) -> None:
         """Args: given, own: (t, G, K), the blocks selected for the layer and its own top ones."""
         queries = torch.arange(shares.begin, shares.end, device=given.device)
-        chooses = queries >= first_choice(self.sizes)
+        chooses = queries >= self.sizes.first_choice
         if self.of is not None:
             chooses &= self.of[shares.begin : shares.end]
         if not bool(chooses.any()):
@@ -82,11 +82,6 @@ class FitSums:
         recall, random, even = by_head.mean(0).tolist()
         masses = (torch.stack(self.masses).sum(0) / self.queries).tolist()
         return Fit(self.queries, recall, by_head[:, 0].tolist(), random, even, *masses)
-
-
-def first_choice(sizes: Sizes) -> int:
-    """The first query that sees more blocks than are kept."""
-    return sizes.top_k_blocks * sizes.block_size
 
 
 def _recall(own: Tensor, given: Tensor) -> Tensor:

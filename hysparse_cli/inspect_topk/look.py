@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hysparse_cli.calibrate.watch import LayerSeen, watch_attention
 from hysparse_cli.families import family_of
-from hysparse_cli.inspect_topk.blocks import BlockShares, LayerInputs, block_shares, top_blocks
+from hysparse_cli.inspect_topk.blocks import BlockShares, LayerInputs, block_shares
 from hysparse_cli.inspect_topk.branches import Branches, BranchSlab, BranchSums, branch_slab
 from hysparse_cli.inspect_topk.fit import Fit, FitSums
 from hysparse_cli.inspect_topk.needle import LayerNeedle, NeedleEye, blocks_of
@@ -19,6 +19,7 @@ from hysparse_cli.inspect_topk.overlap import OverlapSums
 from hysparse_cli.inspect_topk.reading import Reading
 from hysparse_cli.inspect_topk.subject import Subject
 from hysparse_cli.logits import hidden_states
+from hysparse_kernels.reference import select_blocks
 
 OnLayer = Callable[[int, int], None]
 
@@ -110,7 +111,7 @@ class _Eye:
         branches, own = BranchSums(), []
         needle = NeedleEye(self.blocks, self.asked.queries if self.asked else [])
         for shares, slab in self._slabs(layer, inputs, given, gates):
-            best = top_blocks(shares.log_score, self.sizes.top_k_blocks)
+            best = select_blocks(shares.log_score, self.sizes.top_k_blocks)
             own.append(best)
             for overlap in self.overlaps:
                 overlap.add(layer, shares, best, self.selections)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from hysparse_cli.inspect_topk.blocks import Sizes
-from hysparse_cli.inspect_topk.fit import first_choice
 
 LAGS = (1, 4, 16, 64, 256)
 
@@ -33,7 +32,7 @@ def movements(selection: Tensor, sizes: Sizes) -> list[Movement] | None:
     Args:
         selection: (T, G, K) block indices, -1 pads.
     """
-    first = first_choice(sizes)
+    first = sizes.first_choice
     chosen = selection[first:]
     if not len(chosen):
         return None
@@ -56,11 +55,6 @@ def movements(selection: Tensor, sizes: Sizes) -> list[Movement] | None:
         Movement([part[head] if part else None for part in kept], chance, shares, random)
         for head, shares in enumerate(distances)
     ]
-
-
-def distance_names(bins: int) -> list[str]:
-    """What the bins of ``Movement.distances`` hold: "0", "1", "2-3", "4-7" and so on."""
-    return ["0", "1", *(f"{1 << b}-{(2 << b) - 1}" for b in range(1, bins - 1))][:bins]
 
 
 def _kept(chosen: Tensor, lag: int) -> list[float] | None:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from hysparse_cli.inspect_topk.blocks import BlockShares, Sizes, on_blocks
-from hysparse_cli.inspect_topk.fit import first_choice
 
 
 class OverlapSums:
@@ -24,7 +23,7 @@ class OverlapSums:
             own: (t, G, K), the layer's own top blocks. before: (T, G, K), of each layer before it.
         """
         queries = torch.arange(shares.begin, shares.end, device=own.device)
-        queries = queries[queries >= first_choice(self.sizes)]
+        queries = queries[queries >= self.sizes.first_choice]
         if self.of is not None:
             queries = queries[self.of[queries]]
         if not len(queries):

@@ -80,7 +80,7 @@ def load_subject(
     source = locate(checkpoint)
     on_stage("loading", 0, 1)
     plan = None
-    if spec_of(open_checkpoint(source.folder).config) is None:
+    if open_checkpoint(source.folder).config.get("hysparse") is None:
         with TemporaryDirectory() as scratch:  # for scores that no option names a file for
             plan = settled_plan(source, planned, Path(scratch) / "out", on_stage)
     elif layout_flags:

@@ -198,6 +198,17 @@ def test_damaged_weights_are_said_to_be(
     assert "gives NaN or infinity on the prompt" in run.stderr and not npz.exists()
 
 
+def test_a_checkpoint_of_a_newer_version_is_refused(
+    hysparse: Hysparse, tiny_converted: Path
+) -> None:
+    config = json.loads((tiny_converted / "config.json").read_text())
+    config["hysparse"]["version"] = 99
+    (tiny_converted / "config.json").write_text(json.dumps(config))
+    run = hysparse("inspect-topk", tiny_converted)
+    assert run.exit_code == 4 and "install a newer hysparse" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
 def test_recipes_plan_for_dense_models_only(
     hysparse: Hysparse, tiny_original: Path, tiny_converted: Path, tmp_path: Path
 ) -> None:

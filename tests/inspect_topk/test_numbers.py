@@ -12,17 +12,17 @@ from hysparse_cli.inspect_topk.blocks import (
     Sizes,
     block_shares,
     even_blocks,
-    top_blocks,
 )
 from hysparse_cli.inspect_topk.fit import FitSums
 from hysparse_cli.inspect_topk.maps import selection_maps, smaller, visible_pairs
-from hysparse_cli.inspect_topk.movement import LAGS, distance_names, movements
+from hysparse_cli.inspect_topk.movement import LAGS, movements
 from hysparse_kernels import full_attention
+from hysparse_kernels.reference import select_blocks
 
 T, H, G, D = 70, 4, 2, 8
 SIZES = Sizes(block_size=8, top_k_blocks=3, window_tokens=6)
 N = -(-T // SIZES.block_size)
-FIRST = SIZES.top_k_blocks * SIZES.block_size
+FIRST = 24
 
 
 @pytest.fixture(params=[T * H * 7, 1 << 20], ids=["slabs of 7", "one slab"])
@@ -73,7 +73,7 @@ def test_block_shares_equal_brute_force(options: dict[str, Any]) -> None:
     for shares in block_shares(inputs, SIZES):
         assert shares.begin == seen
         seen = shares.end
-        selected.append(top_blocks(shares.log_score, SIZES.top_k_blocks))
+        selected.append(select_blocks(shares.log_score, SIZES.top_k_blocks))
         for t in range(shares.begin, shares.end):
             at = t - shares.begin
             assert float(shares.lse[at].exp().sum()) > 0
@@ -130,7 +130,7 @@ def test_fit_equals_brute_force(options: dict[str, Any], some: bool) -> None:
     sums = FitSums(SIZES, asked if some else None)
     for shares in block_shares(inputs, SIZES):
         here = slice(shares.begin, shares.end)
-        sums.add(shares, given[here], top_blocks(shares.log_score, 3))
+        sums.add(shares, given[here], select_blocks(shares.log_score, 3))
     fit = sums.fit()
     assert fit is not None
     queries = [30, 31, 57] if some else list(range(FIRST, T))
@@ -145,7 +145,7 @@ def test_no_fit_where_no_query_chooses() -> None:
     short = inputs._replace(q=inputs.q[:, :FIRST], k=inputs.k[:, :FIRST])
     sums = FitSums(SIZES)
     for shares in block_shares(short, SIZES):
-        best = top_blocks(shares.log_score, 3)
+        best = select_blocks(shares.log_score, 3)
         sums.add(shares, best, best)
     assert sums.fit() is None
     assert movements(own_blocks(made_inputs(0))[:FIRST], SIZES) is None
@@ -187,8 +187,6 @@ def test_maps_equal_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_movement_equals_brute_force() -> None:
     selection = own_blocks(made_inputs(4))
     lists = selection.tolist()
-    names = distance_names(5)
-    assert names == ["0", "1", "2-3", "4-7", "8-15"]
     found = movements(selection, SIZES)
     assert found is not None and len(found) == G
     for group, movement in enumerate(found):

@@ -221,12 +221,13 @@ def test_errors_are_one_line(
     assert message in run.stderr and run.stderr.count("\n") == 1 and run.stdout == ""
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing(
+def test_a_folder_is_not_written_over(
     hysparse: Hysparse, tiny_converted: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "taken").mkdir()
     run = hysparse("inspect-topk", tiny_converted, "--prompt", PROMPT, "--npz", tmp_path / "taken")
-    assert run.exit_code == 3 and "can't be written" in run.stderr and run.stderr.count("\n") == 1
+    assert run.exit_code == 3 and "can't be written: it is a folder" in run.stderr
+    assert run.stderr.count("\n") == 1 and run.stdout == ""
     assert [path.name for path in tmp_path.iterdir() if path.name != "converted"] == ["taken"]
 
 
