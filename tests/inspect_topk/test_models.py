@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hysparse_cli.inspect_topk import inspect_topk
 from hysparse_cli.inspect_topk.look import look
+from hysparse_cli.inspect_topk.maps import selection_maps
+from hysparse_cli.inspect_topk.movement import movements
 from hysparse_cli.inspect_topk.reading import Asked, Reading
 from hysparse_cli.inspect_topk.subject import Subject, load_subject
 from hysparse_cli.model.config import HysparseSpec
@@ -140,6 +143,8 @@ def test_gates_sinks_and_reads_are_what_the_branches_do(
     seen, _ = look(subject, Reading(IDS, "", asked, []), lambda *at: None)
     _, layers = observed(subject, IDS)
     assert list(seen.branches) == [1, 2, 4]
+    fit, _ = seen.fits[1]
+    assert fit is not None and (fit.mass_sink > 1e-4) is (family == "gpt_oss")
     block = torch.arange(70) // 8
     for layer, branches in seen.branches.items():
         here, server = layers[layer], layers[0 if layer < 3 else 3]
@@ -182,6 +187,35 @@ def test_a_converted_model_is_looked_at_as_it_runs() -> None:
     fit, answer_fit = seen.fits[1]
     assert fit is not None and answer_fit is not None
     assert (fit.queries, answer_fit.queries) == (54, 2)  # query 5 has nothing to choose
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of any tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **kwargs or {})
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor) and not tensor.is_sparse:
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 8)
+        return made
+
+
+def test_no_map_of_tokens_by_tokens_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = 400
+    for place in ("hysparse_cli.inspect_topk.blocks", "hysparse_kernels.reference"):
+        monkeypatch.setattr(f"{place}.SLAB_LOGITS", {"cpu": 1 << 14})
+    monkeypatch.setattr("hysparse_kernels.reference.SLAB_GATHERED", {"cpu": 1 << 14})
+    subject = gated("qwen3")
+    ids = (torch.arange(tokens) % 90 + 3).tolist()
+    asked = Asked(needle=(20, 21), answer=(tokens, tokens))
+    with _Largest() as largest:
+        seen, _ = look(subject, Reading(ids, "", asked, [tokens - 1]), lambda *at: None)
+        maps = selection_maps(seen.selections[0], 8)
+        movements(seen.selections[0], subject.sizes)
+    assert len(maps) == 2 and seen.overlap[0] is not None
+    assert 0 < largest.elements < tokens * tokens / 3
 
 
 def test_damaged_weights_are_said_to_be(
