@@ -1,5 +1,6 @@
 """``hysparse inspect-topk``: what full layers select, and how that fits the layers they serve."""
 
+from hysparse_cli.inspect_topk.files import check_files, write_files
 from hysparse_cli.inspect_topk.run import inspect_topk
 
-__all__ = ["inspect_topk"]
+__all__ = ["check_files", "inspect_topk", "write_files"]

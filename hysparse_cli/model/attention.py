@@ -161,7 +161,8 @@ class _Call:
             **self.options,
         )
         if result.block_idx is not None:
-            state.publish(self.layer, Shared(self.k, self.v, result.block_idx))
+            block_idx = state.with_forced(self.layer, result.block_idx)
+            state.publish(self.layer, Shared(self.k, self.v, block_idx))
         self._observe(result.block_idx, None)
         return result.out
 

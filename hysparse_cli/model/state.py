@@ -5,7 +5,8 @@ context variables would do: with two forwards before a backward, or under checkp
 silently give wrong gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +32,14 @@ class Variation(NamedTuple):
     spec: the model's, with other switches. sparse_layers: the sparse layers that are sparse; the
     others attend in full to their own keys. learned: whether gates and sinks are used; without them
     both branches are merged as one softmax over the keys of both (a key in both counts twice).
+    forced_blocks: full layer -> blocks that each of its selections has besides those it chose, for
+    the queries that see them.
     """
 
     spec: HysparseSpec
     sparse_layers: frozenset[int]
     learned: bool
+    forced_blocks: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 class ForwardState:
@@ -63,6 +67,17 @@ class ForwardState:
     def attends_in_full(self, sparse_layer: int) -> bool:
         """Whether this forward's variation makes a sparse layer attend to all of its own keys."""
         return self.variation is not None and sparse_layer not in self.variation.sparse_layers
+
+    def with_forced(self, full_layer: int, block_idx: Tensor) -> Tensor:
+        """A selection (B, T, G, K) and the blocks that this forward's variation forces into it."""
+        forced = self.variation.forced_blocks.get(full_layer, ()) if self.variation else ()
+        for block in forced:
+            first = 0 if self.key_range.first is None else self.key_range.first
+            seen = first + block * self.spec.block_size <= self.key_range.last  # [B or 1, T]
+            is_new = seen[..., None] & (block_idx != block).all(-1)
+            more = torch.where(is_new, block, -1).to(block_idx.dtype)
+            block_idx = torch.cat([block_idx, more[..., None]], -1)
+        return block_idx
 
     def publish(self, full_layer: int, shared: Shared) -> None:
         """Hand a full layer's keys, values and selection to the layers it serves.
