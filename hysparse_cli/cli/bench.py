@@ -89,7 +89,10 @@ def bench(
     ] = "table",
     as_json: AsJson = False,
 ) -> None:
-    """Measure memory, prefill, decode and training of a model beside its peers; or the kernels."""
+    """Measure memory and speed of a model beside its peers.
+
+    Memory, prefill, decode and training; or the attention kernels by themselves.
+    """
     from hysparse_cli.recipe import BenchOptions, integer_list, load_section, token_counts
 
     if format_ not in FORMATS:

@@ -51,7 +51,7 @@ def evaluate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure loss on text and retrieval from the context, for several checkpoints at once."""
+    """Measure loss and retrieval of several checkpoints at once."""
     from hysparse_cli.recipe import EvalOptions, load_section, token_counts
 
     flags = locals() | {
