@@ -163,7 +163,7 @@ def check_plots(result: dict[str, Any]) -> None:
 
 
 def test_out_of_memory_is_a_row_and_not_the_end(hysparse: Hysparse, tiny_original: Path) -> None:
-    phases = ("--phases", "prefill,decode,train", "--context", "24")
+    phases = ("--phases", "prefill,decode,train", "--context", "512")  # as much as it reads
     args = ("bench", tiny_original, *phases, *QUICK, "--batch", f"{BEYOND_ANY_MEMORY},1")
     run = hysparse(*args, "--json")
     assert run.exit_code == 0, run.stderr
@@ -235,7 +235,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(
 @pytest.mark.parametrize(
     ("args", "exit_code", "message"),
     [
-        (["--context", "510"], 3, "need 526 positions"),
+        (["--context", "513"], 3, "at most 512 tokens"),
         (["--context", "0"], 3, "bench.context.0"),
         (["--context", "24", "--against", "absent/model/x"], 7, "absent/model/x"),
         (["--config", "paper-7b"], 3, "give one of the two"),
@@ -285,7 +285,7 @@ def test_random_weights_of_a_checkpoint_need_none_and_have_no_longest_context(
     options = BenchOptions(random_weights=True, context=[4096])
     subjects = subjects_of(str(tiny_converted), options, on_cuda=False)
     assert [subject.checkpoint for subject in subjects] == [None] * 3
-    assert {subject.config["max_position_embeddings"] for subject in subjects} == {4112}
+    assert {subject.config["max_position_embeddings"] for subject in subjects} == {4096}
     own = BenchOptions(context=[24])
     subjects = subjects_of(str(tiny_converted), own, on_cuda=False)
     assert [s.name for s in subjects if s.checkpoint] == ["hysparse"]

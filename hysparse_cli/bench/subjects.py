@@ -159,7 +159,7 @@ def _subject(name: SubjectName, source: _Model, options: BenchOptions) -> Subjec
 
 def _with_room(subject: Subject, options: BenchOptions) -> Subject:
     """``subject``, able to read the longest context: random weights have no limit."""
-    asked = max(options.context) + options.decode_tokens
+    asked = max(options.context)
     longest = subject.config.get("max_position_embeddings")
     if longest is None or longest >= asked:
         return subject
@@ -167,7 +167,6 @@ def _with_room(subject: Subject, options: BenchOptions) -> Subject:
         config = subject.config | {"max_position_embeddings": asked}
         return Subject(subject.name, config, None, subject.backend)
     raise InvalidRecipe(
-        f"bench.context {max(options.context)} and bench.decode_tokens {options.decode_tokens} "
-        f"need {asked} positions, but {subject.checkpoint} has {longest}: lower them, or measure "
-        "with --random-weights"
+        f"bench.context {asked} is longer than {subject.checkpoint} reads: at most {longest} "
+        "tokens, or any number with --random-weights"
     )
