@@ -255,6 +255,53 @@ def test_errors_are_one_line(
     assert message in run.stderr and run.stderr.count("\n") == 1 and run.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("content", "exit_code", "message"),
+    [
+        (None, 3, "is a file: give a folder"),
+        (b"", 5, "Not a directory"),
+        (b"\xff\n", 7, "is not what hysparse bench wrote"),
+        (b"[1]\n", 7, "is not what hysparse bench wrote"),
+        (b'{"rows": []}\n', 7, "is not what hysparse bench wrote"),
+    ],
+)
+def test_an_output_that_can_not_be_used(
+    hysparse: Hysparse,
+    tiny_original: Path,
+    tmp_path: Path,
+    content: bytes | None,
+    exit_code: int,
+    message: str,
+) -> None:
+    out = tmp_path / "out"
+    if content:
+        out.mkdir()
+        (out / "rows.jsonl").write_bytes(content)
+    else:
+        out.write_text("a file")
+        out = out if content is None else out / "inside"
+    run = hysparse("bench", tiny_original, "--context", "24", "--output", out)
+    assert run.exit_code == exit_code, run.stderr
+    assert message in run.stderr and run.stderr.count("\n") == 1 and run.stdout == ""
+
+
+def test_an_interrupt_says_what_is_kept(tiny_original: Path, tmp_path: Path) -> None:
+    args = ["bench", str(tiny_original), "--phases", "prefill", "--context", "24,32"]
+    args += ["--repeat", "1000000", "--output", str(tmp_path)]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "hysparse_cli", *args], stderr=subprocess.PIPE, text=True
+    )
+    kept, deadline = tmp_path / "rows.jsonl", time.monotonic() + 120
+    while not kept.exists() or "ceilings" not in kept.read_text():
+        assert sweep.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    sweep.send_signal(signal.SIGINT)
+    _, said = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130
+    assert said.endswith(f"kept in {kept}: the same command goes on from there\n")
+    assert said.count("\n") == 1
+
+
 def test_kernels_have_no_csv(hysparse: Hysparse) -> None:
     run = hysparse("bench", "kernels", "--format", "csv")
     assert run.exit_code == 3 and "no csv" in run.stderr
