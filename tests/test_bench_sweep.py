@@ -164,7 +164,16 @@ def check_plots(result: dict[str, Any]) -> None:
 
 def test_out_of_memory_is_a_row_and_not_the_end(hysparse: Hysparse, tiny_original: Path) -> None:
     phases = ("--phases", "prefill,decode,train", "--context", "512")  # as much as it reads
-    args = ("bench", tiny_original, *phases, *QUICK, "--batch", f"{BEYOND_ANY_MEMORY},1")
+    args = (
+        "bench",
+        tiny_original,
+        "--subjects",
+        "dense",
+        *phases,
+        *QUICK,
+        "--batch",
+        f"{BEYOND_ANY_MEMORY},1",
+    )
     run = hysparse(*args, "--json")
     assert run.exit_code == 0, run.stderr
     result = json.loads(run.stdout)
@@ -178,7 +187,7 @@ def test_out_of_memory_is_a_row_and_not_the_end(hysparse: Hysparse, tiny_origina
 def test_a_process_that_is_lost_is_an_error_and_the_next_turn_has_another(
     tiny_original: Path, options: BenchOptions
 ) -> None:
-    (subject,) = subjects_of(str(tiny_original), options, on_cuda=False)
+    subject, *_ = subjects_of(str(tiny_original), options, on_cuda=False)
     with Worker(subject, options) as worker:
         assert "ttfts_ms" in worker.ask(Cell("prefill", 24, 1))
         os.kill(worker.process_id, signal.SIGKILL)
@@ -206,7 +215,8 @@ def test_a_killed_sweep_goes_on_where_it_stopped(
     hysparse: Hysparse, tiny_original: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    args = ["bench", str(tiny_original), "--phases", "prefill", "--context", "24,32,40,48"]
+    args = ["bench", str(tiny_original), "--subjects", "dense"]
+    args += ["--phases", "prefill", "--context", "24,32,40,48"]
     args += ["--repeat", "9", "--output", str(out)]
     command = [sys.executable, "-m", "hysparse_cli", *args]
     sweep = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -286,7 +296,8 @@ def test_an_output_that_can_not_be_used(
 
 
 def test_an_interrupt_says_what_is_kept(tiny_original: Path, tmp_path: Path) -> None:
-    args = ["bench", str(tiny_original), "--phases", "prefill", "--context", "24,32"]
+    args = ["bench", str(tiny_original), "--subjects", "dense"]
+    args += ["--phases", "prefill", "--context", "24,32"]
     args += ["--repeat", "1000000", "--output", str(tmp_path)]
     sweep = subprocess.Popen(
         [sys.executable, "-m", "hysparse_cli", *args], stderr=subprocess.PIPE, text=True
@@ -338,6 +349,16 @@ def test_random_weights_of_a_checkpoint_need_none_and_have_no_longest_context(
     assert [s.name for s in subjects if s.checkpoint] == ["hysparse"]
     subjects = subjects_of(str(tiny_converted), own, on_cuda=True)
     assert [s.backend for s in subjects] == ["cudnn", "flash", "sdpa", "sdpa"]
+
+
+def test_a_dense_checkpoint_has_its_peers_beside_it(tiny_original: Path) -> None:
+    subjects = subjects_of(str(tiny_original), BenchOptions(context=[24]), on_cuda=False)
+    assert [(s.name, s.checkpoint) for s in subjects] == [
+        ("dense", str(tiny_original)),
+        ("hybrid-swa", None),
+        ("hysparse", None),
+    ]
+    assert subjects[2].spec is not None and subjects[2].spec.pattern == "FSSF"
 
 
 def test_a_converted_checkpoint_keeps_its_pattern(hysparse: Hysparse, tiny_converted: Path) -> None:
