@@ -93,7 +93,13 @@ def bench(
 
     Memory, prefill, decode and training; or the attention kernels by themselves.
     """
-    from hysparse_cli.recipe import BenchOptions, integer_list, load_section, token_counts
+    from hysparse_cli.recipe import (
+        BenchOptions,
+        integer_list,
+        load_section,
+        name_list,
+        token_counts,
+    )
 
     if format_ not in FORMATS:
         raise InvalidRecipe(f"format {format_!r} is unknown; known: {', '.join(FORMATS)}")
@@ -106,7 +112,7 @@ def bench(
         return
     not_for("bench of a model", flags, "ops")
     flags["batch"] = integer_list("batch", batch)
-    flags |= {"phases": phases and phases.split(","), "subjects": subjects and subjects.split(",")}
+    flags |= {"phases": name_list(phases), "subjects": name_list(subjects)}
     options = load_section(BenchOptions, recipe, assignments, flags)
     from hysparse_cli.bench import run
 
@@ -120,10 +126,10 @@ def bench(
 
 def _kernels(flags: dict[str, Any], format_: str) -> None:
     from hysparse_cli.bench.kernels.run import bench_kernels
-    from hysparse_cli.recipe import KernelBenchOptions, load_section
+    from hysparse_cli.recipe import KernelBenchOptions, load_section, name_list
 
     not_for("bench kernels", flags, *OF_MODELS)
-    flags["ops"] = flags["ops"].split(",") if flags["ops"] else None
+    flags["ops"] = name_list(flags["ops"])
     options = load_section(KernelBenchOptions, flags["recipe"], flags["assignments"], flags)
     output: Path | None = flags["output"]
     with stages() as advance:
