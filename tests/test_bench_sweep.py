@@ -318,6 +318,15 @@ def test_kernels_have_no_csv(hysparse: Hysparse) -> None:
     assert run.exit_code == 3 and "no csv" in run.stderr
 
 
+def test_kernels_output_that_is_a_file(hysparse: Hysparse, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    few = ("--context", "64", "--ops", "window", "--dtype", "float32", "--device", "cpu")
+    sizes = ("--set", "bench_kernels.heads=[2/1]", "--set", "bench_kernels.measure_ms=1")
+    run = hysparse("bench", "kernels", *few, *sizes, "--output", tmp_path / "out")
+    assert run.exit_code == 3 and "is a file: give a folder" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
 def test_a_config_that_is_nowhere(hysparse: Hysparse) -> None:
     run = hysparse("bench", "--config", "absent/model/x")
     assert run.exit_code == 7 and run.stderr.count("\n") == 1

@@ -125,6 +125,7 @@ def bench(
 
 
 def _kernels(flags: dict[str, Any], format_: str) -> None:
+    from hysparse_cli.bench.kept import writes_to
     from hysparse_cli.bench.kernels.run import bench_kernels
     from hysparse_cli.recipe import KernelBenchOptions, load_section, name_list
 
@@ -132,8 +133,13 @@ def _kernels(flags: dict[str, Any], format_: str) -> None:
     flags["ops"] = name_list(flags["ops"])
     options = load_section(KernelBenchOptions, flags["recipe"], flags["assignments"], flags)
     output: Path | None = flags["output"]
+
+    def keep(so_far: Any) -> None:
+        if output is not None:
+            with writes_to(output):
+                so_far.write(output)
+
     with stages() as advance:
-        keep = (lambda so_far: so_far.write(output)) if output else (lambda so_far: None)
         found = bench_kernels(options, advance, keep)
     if format_ == "md":
         sys.stdout.write(found.markdown())
