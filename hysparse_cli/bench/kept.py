@@ -70,8 +70,6 @@ class Kept:
             return []
         text = self.path.read_text(errors="replace")
         whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self.path.write_text(whole)
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError:
@@ -82,6 +80,8 @@ class Kept:
                 f"{self.path} is not what hysparse bench wrote: give another --output, or remove "
                 "that file"
             )
+        if whole != text:
+            self.path.write_text(whole)
         return ours
 
 
