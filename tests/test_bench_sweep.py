@@ -163,8 +163,17 @@ def check_plots(result: dict[str, Any]) -> None:
 
 
 def test_out_of_memory_is_a_row_and_not_the_end(hysparse: Hysparse, tiny_original: Path) -> None:
-    phases = ("--phases", "prefill,decode,train", "--context", "24")
-    args = ("bench", tiny_original, *phases, *QUICK, "--batch", f"{BEYOND_ANY_MEMORY},1")
+    phases = ("--phases", "prefill,decode,train", "--context", "512")  # as much as it reads
+    args = (
+        "bench",
+        tiny_original,
+        "--subjects",
+        "dense",
+        *phases,
+        *QUICK,
+        "--batch",
+        f"{BEYOND_ANY_MEMORY},1",
+    )
     run = hysparse(*args, "--json")
     assert run.exit_code == 0, run.stderr
     result = json.loads(run.stdout)
@@ -178,7 +187,7 @@ def test_out_of_memory_is_a_row_and_not_the_end(hysparse: Hysparse, tiny_origina
 def test_a_process_that_is_lost_is_an_error_and_the_next_turn_has_another(
     tiny_original: Path, options: BenchOptions
 ) -> None:
-    (subject,) = subjects_of(str(tiny_original), options, on_cuda=False)
+    subject, *_ = subjects_of(str(tiny_original), options, on_cuda=False)
     with Worker(subject, options) as worker:
         assert "ttfts_ms" in worker.ask(Cell("prefill", 24, 1))
         os.kill(worker.process_id, signal.SIGKILL)
@@ -206,7 +215,8 @@ def test_a_killed_sweep_goes_on_where_it_stopped(
     hysparse: Hysparse, tiny_original: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    args = ["bench", str(tiny_original), "--phases", "prefill", "--context", "24,32,40,48"]
+    args = ["bench", str(tiny_original), "--subjects", "dense"]
+    args += ["--phases", "prefill", "--context", "24,32,40,48"]
     args += ["--repeat", "9", "--output", str(out)]
     command = [sys.executable, "-m", "hysparse_cli", *args]
     sweep = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -235,7 +245,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(
 @pytest.mark.parametrize(
     ("args", "exit_code", "message"),
     [
-        (["--context", "510"], 3, "need 526 positions"),
+        (["--context", "513"], 3, "at most 512 tokens"),
         (["--context", "0"], 3, "bench.context.0"),
         (["--context", "24", "--against", "absent/model/x"], 7, "absent/model/x"),
         (["--config", "paper-7b"], 3, "give one of the two"),
@@ -255,9 +265,66 @@ def test_errors_are_one_line(
     assert message in run.stderr and run.stderr.count("\n") == 1 and run.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("content", "exit_code", "message"),
+    [
+        (None, 3, "is a file: give a folder"),
+        (b"", 5, "Not a directory"),
+        (b"\xff\n", 7, "is not what hysparse bench wrote"),
+        (b"[1]\n", 7, "is not what hysparse bench wrote"),
+        (b'{"rows": []}\n', 7, "is not what hysparse bench wrote"),
+    ],
+)
+def test_an_output_that_can_not_be_used(
+    hysparse: Hysparse,
+    tiny_original: Path,
+    tmp_path: Path,
+    content: bytes | None,
+    exit_code: int,
+    message: str,
+) -> None:
+    out = tmp_path / "out"
+    if content:
+        out.mkdir()
+        (out / "rows.jsonl").write_bytes(content)
+    else:
+        out.write_text("a file")
+        out = out if content is None else out / "inside"
+    run = hysparse("bench", tiny_original, "--context", "24", "--output", out)
+    assert run.exit_code == exit_code, run.stderr
+    assert message in run.stderr and run.stderr.count("\n") == 1 and run.stdout == ""
+
+
+def test_an_interrupt_says_what_is_kept(tiny_original: Path, tmp_path: Path) -> None:
+    args = ["bench", str(tiny_original), "--subjects", "dense"]
+    args += ["--phases", "prefill", "--context", "24,32"]
+    args += ["--repeat", "1000000", "--output", str(tmp_path)]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "hysparse_cli", *args], stderr=subprocess.PIPE, text=True
+    )
+    kept, deadline = tmp_path / "rows.jsonl", time.monotonic() + 120
+    while not kept.exists() or "ceilings" not in kept.read_text():
+        assert sweep.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    sweep.send_signal(signal.SIGINT)
+    _, said = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130
+    assert said.endswith(f"kept in {kept}: the same command goes on from there\n")
+    assert said.count("\n") == 1
+
+
 def test_kernels_have_no_csv(hysparse: Hysparse) -> None:
     run = hysparse("bench", "kernels", "--format", "csv")
     assert run.exit_code == 3 and "no csv" in run.stderr
+
+
+def test_kernels_output_that_is_a_file(hysparse: Hysparse, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    few = ("--context", "64", "--ops", "window", "--dtype", "float32", "--device", "cpu")
+    sizes = ("--set", "bench_kernels.heads=[2/1]", "--set", "bench_kernels.measure_ms=1")
+    run = hysparse("bench", "kernels", *few, *sizes, "--output", tmp_path / "out")
+    assert run.exit_code == 3 and "is a file: give a folder" in run.stderr
+    assert run.stderr.count("\n") == 1
 
 
 def test_a_config_that_is_nowhere(hysparse: Hysparse) -> None:
@@ -285,12 +352,22 @@ def test_random_weights_of_a_checkpoint_need_none_and_have_no_longest_context(
     options = BenchOptions(random_weights=True, context=[4096])
     subjects = subjects_of(str(tiny_converted), options, on_cuda=False)
     assert [subject.checkpoint for subject in subjects] == [None] * 3
-    assert {subject.config["max_position_embeddings"] for subject in subjects} == {4112}
+    assert {subject.config["max_position_embeddings"] for subject in subjects} == {4096}
     own = BenchOptions(context=[24])
     subjects = subjects_of(str(tiny_converted), own, on_cuda=False)
     assert [s.name for s in subjects if s.checkpoint] == ["hysparse"]
     subjects = subjects_of(str(tiny_converted), own, on_cuda=True)
     assert [s.backend for s in subjects] == ["cudnn", "flash", "sdpa", "sdpa"]
+
+
+def test_a_dense_checkpoint_has_its_peers_beside_it(tiny_original: Path) -> None:
+    subjects = subjects_of(str(tiny_original), BenchOptions(context=[24]), on_cuda=False)
+    assert [(s.name, s.checkpoint) for s in subjects] == [
+        ("dense", str(tiny_original)),
+        ("hybrid-swa", None),
+        ("hysparse", None),
+    ]
+    assert subjects[2].spec is not None and subjects[2].spec.pattern == "FSSF"
 
 
 def test_a_converted_checkpoint_keeps_its_pattern(hysparse: Hysparse, tiny_converted: Path) -> None:

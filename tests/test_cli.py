@@ -10,6 +10,7 @@ from hysparse_cli.progress import progress
 from tests.conftest import Hysparse
 
 HELP_SECONDS = 0.5
+COMMANDS = ("convert", "eval", "finetune", "generate", "bench", "inspect-topk")
 COMMAND = [sys.executable, "-c", "from hysparse_cli.cli import main; main()"]
 
 
@@ -31,6 +32,19 @@ def test_help_is_quick_and_imports_no_torch() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < HELP_SECONDS, times
+
+
+def test_help_shows_defaults_and_cuts_nothing(
+    hysparse: Hysparse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = {name: hysparse(name, "--help").stdout for name in COMMANDS}
+    commands = hysparse("--help").stdout.partition("Commands:")[2]
+    assert all(name in commands for name in COMMANDS) and "..." not in commands
+    for text in shown.values():
+        assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert "layers of a dense model. [default: 1:3]" in " ".join(shown["bench"].split())
+    assert "--last-layer-full / --no-last-layer-full" in shown["bench"]
 
 
 def test_wrong_usage_exits_2(hysparse: Hysparse) -> None:

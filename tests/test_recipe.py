@@ -13,7 +13,9 @@ from hysparse_cli.recipe import (
     bytes_of,
     integer_list,
     load_section,
+    name_list,
     to_yaml,
+    token_counts,
 )
 from hysparse_cli.recipe.finetune import StageOptions
 
@@ -202,3 +204,11 @@ def test_sizes_and_lists_of_layers() -> None:
     assert integer_list("full_layers", None) is None
     with pytest.raises(InvalidRecipe, match="full_layers '0,x'"):
         integer_list("full_layers", "0,x")
+
+
+def test_lists_of_lengths_and_names() -> None:
+    assert token_counts("context", "512, 8k,1K") == [512, 8192, 1024]
+    assert token_counts("context", None) is None and name_list(None) is None
+    with pytest.raises(InvalidRecipe, match=r"context '1\.5k' is not a list of lengths"):
+        token_counts("context", "1.5k")
+    assert name_list("memory, decode") == ["memory", "decode"]

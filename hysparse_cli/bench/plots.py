@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hysparse_cli.bench.tables import tokens
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -53,7 +55,7 @@ class Plot:
             axes.axhline(self.limit[0], color="black", linestyle="--", label=self.limit[1])
         axes.set_xscale("log", base=2)
         contexts = sorted({x for points in self.lines.values() for x, _ in points})
-        axes.set_xticks(contexts, [_tokens(count) for count in contexts])
+        axes.set_xticks(contexts, [tokens(count) for count in contexts])
         axes.xaxis.set_minor_locator(NullLocator())
         if self.log:
             axes.set_yscale("log")
@@ -120,7 +122,3 @@ def _memory(rows: list[dict[str, Any]], title: str, device: str) -> Plot:
             limit = (row["total_bytes"] / GIB, f"memory of {device}")
     what = "weights and KV cache of one sequence, GiB"
     return Plot("memory", f"memory: {title}", what, lines.by_subject, log=True, limit=limit)
-
-
-def _tokens(count: int) -> str:
-    return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else str(count)

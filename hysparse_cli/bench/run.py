@@ -1,19 +1,19 @@
 """The sweep: every subject at every phase, context and batch, taking turns."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hysparse_cli.bench.kept import Kept
+from hysparse_cli.bench.kept import Kept, writes_to
 from hysparse_cli.bench.result import Bench
 from hysparse_cli.bench.rows import Row, row_of
 from hysparse_cli.bench.stamp import clocks, environment
 from hysparse_cli.bench.subjects import subjects_of
 from hysparse_cli.bench.turns import Worker
 from hysparse_cli.bench.worker import Cell, Failed
-from hysparse_cli.errors import OutOfResources
+from hysparse_cli.errors import Interrupted, OutOfResources
 from hysparse_cli.loading import resolve_device
 from hysparse_cli.recipe import BenchOptions, to_yaml
 
@@ -35,7 +35,7 @@ def bench(
     Args:
         output: a folder for all results; the finished rows that it holds are not measured again.
     Raises: what ``subjects_of`` and ``Kept`` do; UnreadableInput or UnsupportedModel where a
-        checkpoint can't be loaded.
+        checkpoint can't be loaded; Interrupted where finished rows are kept in ``output``.
     """
     device = resolve_device(options.device)
     subjects = subjects_of(checkpoint, options, on_cuda=device.type == "cuda")
@@ -52,7 +52,7 @@ def bench(
     if waiting or "ceilings" not in kept.found:
         readings = [*kept.found.get("clocks", []), clocks(device)]
         kept.find("clocks", readings)
-        with ExitStack() as stack:
+        with _interruptible(kept), ExitStack() as stack:
             workers = [stack.enter_context(Worker(s, options)) for s in subjects]
             _measure(workers, waiting, options, kept, on_progress)
         kept.find("clocks", [*readings, clocks(device)])
@@ -65,9 +65,27 @@ def bench(
         kept.rows,
     )
     if output is not None:
-        result.write(output)
-        (output / "recipe.yaml").write_text(to_yaml(options))
+        with writes_to(output):
+            result.write(output)
+            (output / "recipe.yaml").write_text(to_yaml(options))
     return result
+
+
+@contextmanager
+def _interruptible(kept: Kept) -> Iterator[None]:
+    """Let an interrupt say what is kept.
+
+    Raises: Interrupted.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept.path is None:
+            raise
+        raise Interrupted(
+            f"interrupted; finished rows are kept in {kept.path}: the same command goes on from "
+            "there"
+        ) from None
 
 
 def cells_of(options: BenchOptions) -> list[Cell]:

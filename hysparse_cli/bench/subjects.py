@@ -62,7 +62,7 @@ def subjects_of(model: str | None, options: BenchOptions, *, on_cuda: bool) -> l
         reads; UnreadableInput or UnsupportedModel where a config can't be used.
     """
     source = _model(model, options)
-    wanted = options.subjects or _default(source, options, on_cuda)
+    wanted = options.subjects or _default(on_cuda)
     found = [_subject(name, source, options) for name in dict.fromkeys(wanted)]
     others = list(dict.fromkeys(options.against))
     names = short_names(others)
@@ -74,11 +74,8 @@ def subjects_of(model: str | None, options: BenchOptions, *, on_cuda: bool) -> l
     return [_with_room(subject, options) for subject in found]
 
 
-def _default(source: _Model, options: BenchOptions, on_cuda: bool) -> list[SubjectName]:
+def _default(on_cuda: bool) -> list[SubjectName]:
     dense: list[SubjectName] = ["dense-cudnn", "dense-flash"] if on_cuda else ["dense"]
-    own = source.own
-    if own is not None and own.is_dense and options.ratio is None and options.pattern is None:
-        return dense
     return [*dense, "hybrid-swa", "hysparse"]
 
 
@@ -159,7 +156,7 @@ def _subject(name: SubjectName, source: _Model, options: BenchOptions) -> Subjec
 
 def _with_room(subject: Subject, options: BenchOptions) -> Subject:
     """``subject``, able to read the longest context: random weights have no limit."""
-    asked = max(options.context) + options.decode_tokens
+    asked = max(options.context)
     longest = subject.config.get("max_position_embeddings")
     if longest is None or longest >= asked:
         return subject
@@ -167,7 +164,6 @@ def _with_room(subject: Subject, options: BenchOptions) -> Subject:
         config = subject.config | {"max_position_embeddings": asked}
         return Subject(subject.name, config, None, subject.backend)
     raise InvalidRecipe(
-        f"bench.context {max(options.context)} and bench.decode_tokens {options.decode_tokens} "
-        f"need {asked} positions, but {subject.checkpoint} has {longest}: lower them, or measure "
-        "with --random-weights"
+        f"bench.context {asked} is longer than {subject.checkpoint} reads: at most {longest} "
+        "tokens, or any number with --random-weights"
     )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from hysparse_cli.bench.break_even import break_even_notes
 from hysparse_cli.bench.clock import milliseconds
 from hysparse_cli.bench.rows import Row
+from hysparse_cli.convert.plan import readable
 
 if TYPE_CHECKING:
     from hysparse_cli.bench.result import Bench
@@ -17,7 +18,6 @@ COLUMNS = {
     "decode": (*CELL, "TPOT ms", "p99", *TIMED),
     "train": (*CELL, "step ms", *TIMED, "peak"),
 }
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def cells_of_row(row: Row, ceilings: dict[str, float], ratios: dict[str, float]) -> list[str]:
@@ -104,14 +104,6 @@ def _subject_line(subject: dict[str, Any]) -> str:
     if kernels:
         parts.append(f"kernels: {kernels}")
     return f"{subject['subject']}: {', '.join(parts)}"
-
-
-def readable(count: int) -> str:
-    """Bytes for people, in powers of 1024 and three digits."""
-    value, unit = float(count), 0
-    while value >= 1000 and unit < len(UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.3g} {UNITS[unit]}"
 
 
 def _ratio(value: float | None) -> str:

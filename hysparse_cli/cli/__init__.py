@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich would take [default: 1:3] for markup, and cut long names
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(convert.convert)

@@ -89,8 +89,17 @@ def bench(
     ] = "table",
     as_json: AsJson = False,
 ) -> None:
-    """Measure memory, prefill, decode and training of a model beside its peers; or the kernels."""
-    from hysparse_cli.recipe import BenchOptions, integer_list, load_section, token_counts
+    """Measure memory and speed of a model beside its peers.
+
+    Memory, prefill, decode and training; or the attention kernels by themselves.
+    """
+    from hysparse_cli.recipe import (
+        BenchOptions,
+        integer_list,
+        load_section,
+        name_list,
+        token_counts,
+    )
 
     if format_ not in FORMATS:
         raise InvalidRecipe(f"format {format_!r} is unknown; known: {', '.join(FORMATS)}")
@@ -103,7 +112,7 @@ def bench(
         return
     not_for("bench of a model", flags, "ops")
     flags["batch"] = integer_list("batch", batch)
-    flags |= {"phases": phases and phases.split(","), "subjects": subjects and subjects.split(",")}
+    flags |= {"phases": name_list(phases), "subjects": name_list(subjects)}
     options = load_section(BenchOptions, recipe, assignments, flags)
     from hysparse_cli.bench import run
 
@@ -116,15 +125,21 @@ def bench(
 
 
 def _kernels(flags: dict[str, Any], format_: str) -> None:
+    from hysparse_cli.bench.kept import writes_to
     from hysparse_cli.bench.kernels.run import bench_kernels
-    from hysparse_cli.recipe import KernelBenchOptions, load_section
+    from hysparse_cli.recipe import KernelBenchOptions, load_section, name_list
 
     not_for("bench kernels", flags, *OF_MODELS)
-    flags["ops"] = flags["ops"].split(",") if flags["ops"] else None
+    flags["ops"] = name_list(flags["ops"])
     options = load_section(KernelBenchOptions, flags["recipe"], flags["assignments"], flags)
     output: Path | None = flags["output"]
+
+    def keep(so_far: Any) -> None:
+        if output is not None:
+            with writes_to(output):
+                so_far.write(output)
+
     with stages() as advance:
-        keep = (lambda so_far: so_far.write(output)) if output else (lambda so_far: None)
         found = bench_kernels(options, advance, keep)
     if format_ == "md":
         sys.stdout.write(found.markdown())

@@ -51,13 +51,13 @@ def evaluate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure loss on text and retrieval from the context, for several checkpoints at once."""
-    from hysparse_cli.recipe import EvalOptions, load_section, token_counts
+    """Measure loss and retrieval of several checkpoints at once."""
+    from hysparse_cli.recipe import EvalOptions, load_section, name_list, token_counts
 
     flags = locals() | {
         "retrieval_tokens": token_counts("retrieval_tokens", retrieval_tokens),
-        "retrieval_forms": retrieval_forms.split(",") if retrieval_forms else None,
-        "lm_eval": lm_eval.split(",") if lm_eval else None,
+        "retrieval_forms": name_list(retrieval_forms),
+        "lm_eval": name_list(lm_eval),
         "require": require or None,
     }
     options = load_section(EvalOptions, recipe, assignments, flags)

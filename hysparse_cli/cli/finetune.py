@@ -59,7 +59,7 @@ def finetune(
     overwrite: Overwrite = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a checkpoint on text, alone or towards a dense teacher."""
+    """Train a checkpoint on text, alone or towards a teacher."""
     from hysparse_cli.recipe import FinetuneOptions, load_section
 
     options = load_section(FinetuneOptions, recipe, assignments, locals())

@@ -60,13 +60,13 @@ def inspect_topk(
     png: Annotated[str | None, typer.Option(help="A picture to write.")] = None,
     npz: Annotated[str | None, typer.Option(help="A file to write all arrays to.")] = None,
     lists: Annotated[
-        str | None, typer.Option(help="A safetensors file of the lists, for bench kernels.")
+        str | None, typer.Option(help="A safetensors file of the lists, for bench --lists.")
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which blocks the full layers select, and how well that fits the layers they serve.
+    """Show what full layers select, and how well it fits others.
 
     A converted checkpoint runs as it is; a dense one densely, under the layout of convert.
     """

@@ -74,7 +74,8 @@ def _table(evaluation: Evaluation, places: Sequence[int]) -> "Table":
     table.add_column("of", justify="right", no_wrap=True)
     scores = [evaluation.scores[place] for place in places]
     for name, score in zip(names, scores, strict=True):
-        table.add_column(f"{name}\n{score.attention}", justify="right")
+        header = f"{name}\n{score.attention}"
+        table.add_column(header, justify="right", overflow="fold")
     for section in (_of_loss(scores), _of_retrieval(scores), _of_tasks(scores)):
         for line in section:
             count = "" if line.count is None else f"{line.count:,}"
@@ -94,7 +95,7 @@ def _of_loss(scores: Scores) -> Iterator[Line]:
     first = losses[0]
     yield _line("loss", [loss.windows for loss in losses], _nats, _signed_nats)
     values: list[float | None] = [loss.perplexity for loss in losses]
-    yield Line("perplexity", None, values, [None] * len(losses), "{:.2f}".format, _signed_nats)
+    yield Line("perplexity", None, values, [None] * len(losses), _perplexity, _signed_nats)
     share, rest = divmod(first.full_length - 1, len(first.parts) or 1)
     begin = 1
     for part in range(len(first.parts)):
@@ -156,6 +157,10 @@ def _nats(value: float) -> str:
 
 def _signed_nats(value: float) -> str:
     return f"{value:+.4f}"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
 
 
 def _percent(value: float) -> str:

@@ -54,7 +54,7 @@ def _draw_overlap(axes: Any, found: Inspection) -> None:
         return
     values = np.array(found.overlap)
     values[np.tril_indices_from(values)] = np.nan
-    image = axes.imshow(values, cmap=COLOURS, vmax=1, aspect="equal")
+    image = axes.imshow(values, cmap=COLOURS, vmin=0, vmax=1, aspect="equal")
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
     axes.set_xlabel("layer b")
     axes.set_ylabel("layer a")

@@ -86,6 +86,11 @@ def integer_list(field: str, text: str | None) -> list[int] | None:
         ) from None
 
 
+def name_list(text: str | None) -> list[str] | None:
+    """The names of a flag such as ``memory,decode``; nothing at all is None."""
+    return [part.strip() for part in text.split(",")] if text else None
+
+
 def layer_pairs(field: str, text: str | None) -> str | list[list[int]] | None:
     """The pairs of a flag such as ``8:9,10:11``; "auto" and None stay what they are.
 
@@ -101,12 +106,16 @@ def layer_pairs(field: str, text: str | None) -> str | list[list[int]] | None:
 
 
 def token_counts(field: str, text: str | None) -> list[int] | None:
-    """As ``integer_list``, for lengths such as ``512,8k``: a k is 1024."""
+    """The lengths of a flag such as ``512,8k``, where a k is 1024; None stays None.
+
+    Raises: InvalidRecipe, naming ``field``, where it is no list of lengths.
+    """
     if text is None:
         return None
-    parts = [part.strip() for part in text.split(",")]
-    plain = ",".join(re.sub(r"^([0-9]+)[kK]$", lambda n: str(1024 * int(n[1])), p) for p in parts)
-    return integer_list(field, plain)
+    parts = [re.fullmatch(r"([0-9]+)([kK]?)", part.strip()) for part in text.split(",")]
+    if None in parts:
+        raise InvalidRecipe(f"{field} {text!r} is not a list of lengths such as 512,8k")
+    return [int(part[1]) * (1024 if part[2] else 1) for part in parts if part is not None]
 
 
 def token_count(field: str, text: str | None) -> int | None:

@@ -1,6 +1,7 @@
 """What eval shows: a table that stays as it is, and JSON as docs/schema/eval.json says."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 from math import isnan
 from pathlib import Path
@@ -105,6 +106,18 @@ Evaluation
   recall@8k>=0.9                             holds             holds
 
 ± 95% confidence of the difference to model-0"""
+
+
+def test_nothing_is_cut_at_80_columns() -> None:
+    evaluation = _evaluation(0.0, 0.1, 0.2, 0.3)
+    for place, score in enumerate(evaluation.scores):
+        assert score.loss is not None
+        huge = Loss(Sample([2100.0] * 8, [100] * 8), score.loss.parts, 101)
+        name = f"runs/a-rather-long-name-of-a-checkpoint-{place}"
+        pattern = f"hysparse F{11 * 'SSSF'}"
+        evaluation.scores[place] = replace(score, checkpoint=name, attention=pattern, loss=huge)
+    shown = _shown(evaluation, 80)
+    assert "…" not in shown and "1.32e+09" in shown
 
 
 def test_the_table_stays_as_it_is() -> None:
