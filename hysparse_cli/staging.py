@@ -99,6 +99,17 @@ def sync_tree(folder: Path) -> None:
             sync(path)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, which then holds all of it or what it held before."""
+    partial = _beside(path, PARTIAL)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)

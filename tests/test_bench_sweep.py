@@ -255,6 +255,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(
         (["--ratio", "1:3", "--pattern", "FSSF"], 3, "give one"),
         (["--ops", "full"], 3, "takes no --ops"),
         (["--format", "xml"], 3, "known: table, json, csv, md"),
+        (["--format", "csv", "--json"], 3, "give one of them"),
     ],
 )
 def test_errors_are_one_line(

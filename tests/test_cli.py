@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from hysparse_cli.cli.shared import show
 from hysparse_cli.progress import progress
 from tests.conftest import Hysparse
 
@@ -103,3 +104,12 @@ def test_a_bar_appears_on_a_terminal_only(capsys: pytest.CaptureFixture[str]) ->
     with progress("copying") as advance:
         advance(1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_brackets_in_what_is_shown_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    class Result:
+        def table(self) -> str:
+            return "refused: q is on [cpu] :warning:"
+
+    show(Result(), as_json=False)
+    assert capsys.readouterr().out == "refused: q is on [cpu] :warning:\n"

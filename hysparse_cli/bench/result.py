@@ -12,6 +12,7 @@ from hysparse_cli.bench.rows import Row, times_dense
 from hysparse_cli.bench.tables import COLUMNS, caption, cells_of_row
 from hysparse_cli.loading import short_names
 from hysparse_cli.recipe import BenchOptions
+from hysparse_cli.staging import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -76,9 +77,9 @@ class Bench:
 
     def write(self, folder: Path) -> None:
         """bench.json, bench.csv, bench.md and the plots, into a folder that is there."""
-        (folder / "bench.json").write_text(json.dumps(self.as_json(), indent=1) + "\n")
-        (folder / "bench.csv").write_text(self.as_csv())
-        (folder / "bench.md").write_text(self.markdown())
+        write_whole(folder / "bench.json", json.dumps(self.as_json(), indent=1) + "\n")
+        write_whole(folder / "bench.csv", self.as_csv())
+        write_whole(folder / "bench.md", self.markdown())
         for plot in plots_of(self.as_json()):
             plot.draw(folder)
 

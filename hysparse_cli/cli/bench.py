@@ -103,6 +103,8 @@ def bench(
 
     if format_ not in FORMATS:
         raise InvalidRecipe(f"format {format_!r} is unknown; known: {', '.join(FORMATS)}")
+    if as_json and format_ not in ("table", "json"):
+        raise InvalidRecipe(f"--json and --format {format_} ask for two forms: give one of them")
     flags = locals() | {"context": token_counts("context", context), "against": against or None}
     format_ = "json" if as_json else format_
     if checkpoint == "kernels":

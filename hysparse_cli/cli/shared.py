@@ -35,7 +35,7 @@ def show(result: Any, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    Console().print(result.table())
+    Console(markup=False, emoji=False).print(result.table())  # names and errors are no markup
 
 
 def warn(messages: Sequence[str]) -> None:

@@ -123,12 +123,11 @@ class Plan:
 
     def table(self) -> Any:
         """A row a layer, and the KV cache in total against the dense model's."""
-        from rich.markup import escape
         from rich.table import Table
 
         chosen = (self.fit, self.selection, self.swaps)
         table = Table(
-            title=escape(self._title),
+            title=self._title,
             title_justify="left",
             title_style="bold",
             caption="\n".join(part.line() for part in chosen if part),
@@ -148,7 +147,7 @@ class Plan:
         table.add_row("", "all layers", f"{len(self.new_tensors)} tensors", *map(readable, totals))
         table.add_row("", "dense model", "", *map(readable, dense))
         ratios = [f"{d / t:.2f}x" for t, d in zip(totals, dense, strict=True)]
-        table.add_row("", "[bold]smaller by", "", *(f"[bold]{ratio}" for ratio in ratios))
+        table.add_row("", "smaller by", "", *ratios, style="bold")
         return table
 
     def as_json(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli.errors import InvalidRecipe, OutOfResources, UnreadableInput
-from hysparse_cli.staging import sync
+from hysparse_cli.staging import sync, write_whole
 
 Key = dict[str, Any]
 Found = dict[str, Any]
@@ -65,11 +65,8 @@ class State:
         if self.folder is None:
             return
         place = self.folder / RESULT
-        partial = place.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            sync(partial)
-            partial.replace(place)
+            write_whole(place, json.dumps(result, indent=2) + "\n")
         except OSError as error:
             raise OutOfResources(f"output {place}: {error.strerror or error}") from None
 

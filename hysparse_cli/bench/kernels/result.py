@@ -9,6 +9,7 @@ from hysparse_cli.bench.kernels.clock import Latency
 from hysparse_cli.bench.kernels.targets import Target, targets_of
 from hysparse_cli.bench.kernels.work import Shape
 from hysparse_cli.recipe import KernelBenchOptions
+from hysparse_cli.staging import write_whole
 from hysparse_kernels.law import Error
 
 if TYPE_CHECKING:
@@ -209,8 +210,8 @@ class KernelBench:
     def write(self, folder: Path) -> None:
         """kernels.json and kernels.md, into a folder that is made where it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "kernels.json").write_text(json.dumps(self.as_json(), indent=1) + "\n")
-        (folder / "kernels.md").write_text(self.markdown())
+        write_whole(folder / "kernels.json", json.dumps(self.as_json(), indent=1) + "\n")
+        write_whole(folder / "kernels.md", self.markdown())
 
     def _title(self) -> str:
         env, options = self.environment, self.options
