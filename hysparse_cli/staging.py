@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from safetensors import SafetensorError
 
-from hysparse_cli.errors import InvalidRecipe, OutOfResources
+from hysparse_cli.errors import Interrupted, InvalidRecipe, OutOfResources
 
 PARTIAL, REPLACED = "partial", "replaced"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -97,6 +97,22 @@ def sync_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for path in (*(Path(root, name) for name in names), Path(root)):
             sync(path)
+
+
+@contextmanager
+def keeping(kept: Path | None) -> Iterator[None]:
+    """Let an interrupt say that ``kept`` has what is finished, and that it can go on from there.
+
+    Raises: Interrupted.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept is None:
+            raise
+        raise Interrupted(
+            f"interrupted; what is finished is kept in {kept}: the same command goes on from there"
+        ) from None
 
 
 def write_whole(path: Path, text: str) -> None:

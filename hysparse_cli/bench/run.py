@@ -1,7 +1,7 @@
 """The sweep: every subject at every phase, context and batch, taking turns."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from hysparse_cli.bench.stamp import clocks, environment
 from hysparse_cli.bench.subjects import subjects_of
 from hysparse_cli.bench.turns import Worker
 from hysparse_cli.bench.worker import Cell, Failed
-from hysparse_cli.errors import Interrupted, OutOfResources
+from hysparse_cli.errors import OutOfResources
 from hysparse_cli.loading import resolve_device
 from hysparse_cli.recipe import BenchOptions, to_yaml
+from hysparse_cli.staging import keeping
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,7 +53,7 @@ def bench(
     if waiting or "ceilings" not in kept.found:
         readings = [*kept.found.get("clocks", []), clocks(device)]
         kept.find("clocks", readings)
-        with _interruptible(kept), ExitStack() as stack:
+        with keeping(kept.path), ExitStack() as stack:
             workers = [stack.enter_context(Worker(s, options)) for s in subjects]
             _measure(workers, waiting, options, kept, on_progress)
         kept.find("clocks", [*readings, clocks(device)])
@@ -69,23 +70,6 @@ def bench(
             result.write(output)
             (output / "recipe.yaml").write_text(to_yaml(options))
     return result
-
-
-@contextmanager
-def _interruptible(kept: Kept) -> Iterator[None]:
-    """Let an interrupt say what is kept.
-
-    Raises: Interrupted.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        if kept.path is None:
-            raise
-        raise Interrupted(
-            f"interrupted; finished rows are kept in {kept.path}: the same command goes on from "
-            "there"
-        ) from None
 
 
 def cells_of(options: BenchOptions) -> list[Cell]:

@@ -1,13 +1,12 @@
 """``hysparse eval``: checkpoints side by side, on text, on retrieval and on tasks of lm-eval."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.devices import describe
 from hysparse_cli.documents import read_documents
-from hysparse_cli.errors import Interrupted, InvalidRecipe, UnreadableInput
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.evaluate.gates import DENSE, Gate, judge, parse_gates
 from hysparse_cli.evaluate.harness import Harness
 from hysparse_cli.evaluate.result import Evaluation, metric_names
@@ -17,6 +16,7 @@ from hysparse_cli.evaluate.texts import Texts
 from hysparse_cli.loading import resolve_device, short_names
 from hysparse_cli.recipe import EvalOptions
 from hysparse_cli.source import locate
+from hysparse_cli.staging import keeping
 
 
 def evaluate(
@@ -45,7 +45,7 @@ def evaluate(
     state = State(Path(options.output).expanduser() if options.output else None)
     environment = describe(resolve_device(options.device))
     scorer = Scorer(texts, harness, state, options, environment, on_progress)
-    with _interruptible(state):
+    with keeping(state.folder and state.folder / FINISHED):
         scores = [scorer.score(*pair) for pair in zip(checkpoints, folders, strict=True)]
     verdicts = judge(gates, [score.metrics() for score in scores], references)
     evaluation = Evaluation(options, environment, scores, verdicts)
@@ -66,23 +66,6 @@ def _references(
                 f"require {gate.text!r}: no checkpoint is dense: give one, or name another"
             )
     return places
-
-
-@contextmanager
-def _interruptible(state: State) -> Iterator[None]:
-    """Let an interrupt say what is kept.
-
-    Raises: Interrupted.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        if state.folder is None:
-            raise
-        raise Interrupted(
-            f"interrupted; what is finished is kept in {state.folder / FINISHED}: the same command "
-            "goes on from there"
-        ) from None
 
 
 def _read(options: EvalOptions) -> list[str]:
