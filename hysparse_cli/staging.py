@@ -117,9 +117,16 @@ def keeping(kept: Path | None) -> Iterator[None]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, which then holds all of it or what it held before."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place beside ``path`` to write, moved to ``path`` where nothing is raised."""
     partial = _beside(path, PARTIAL)
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         sync(partial)
         partial.replace(path)
     finally:

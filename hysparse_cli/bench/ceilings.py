@@ -11,19 +11,21 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
 MEASURE_MS = 100
 
 
-def measured_ceilings(dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, float]:
+def measured_ceilings(
+    dtype: torch.dtype, device: torch.device, seed: int, measure_ms: int = MEASURE_MS
+) -> dict[str, float]:
     """``bytes_per_second``, read and written, and ``flops_per_second`` in ``dtype``."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     size, chance = MATMUL_SIZE[device.type], torch.Generator(device).manual_seed(seed)
     like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": chance}
     a, b = (torch.randn(size, size, **like) for _ in range(2))
+
+    def per_second(run: Run, amount: float) -> float:
+        run()
+        return 1e3 * amount / latency_of(run, device, measure_ms).median
+
     return {
-        "bytes_per_second": _per_second(lambda: target.copy_(source), 2 * source.nbytes, device),
-        "flops_per_second": _per_second(lambda: a @ b, 2 * size**3, device),
+        "bytes_per_second": per_second(lambda: target.copy_(source), 2 * source.nbytes),
+        "flops_per_second": per_second(lambda: a @ b, 2 * size**3),
     }
-
-
-def _per_second(run: Run, amount: float, device: torch.device) -> float:
-    run()
-    return 1e3 * amount / latency_of(run, device, MEASURE_MS).median

@@ -1,4 +1,4 @@
-"""The one place that takes the time."""
+"""The time of a call as a user waits for it, and of spans along a device's queue."""
 
 import math
 import statistics

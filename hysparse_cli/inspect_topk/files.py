@@ -1,6 +1,5 @@
 """The files that ``hysparse inspect-topk`` writes: each whole or not at all."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.inspect_topk.result import Inspection
 from hysparse_cli.recipe import InspectOptions
+from hysparse_cli.staging import whole_file
 
 
 def check_files(options: InspectOptions) -> None:
@@ -32,15 +32,12 @@ def write_files(inspection: Inspection) -> None:
         if name is None:
             continue
         path = Path(name)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         try:
-            write(inspection, partial)
-            partial.replace(path)
+            with whole_file(path) as partial:
+                write(inspection, partial)
         except OSError as error:
             reason = error.strerror or " ".join(str(error).split())
             raise InvalidRecipe(f"{kind} {path} can't be written: {reason}") from None
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def arrays(inspection: Inspection) -> dict[str, Any]:

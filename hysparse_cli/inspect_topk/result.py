@@ -11,13 +11,14 @@ from hysparse_cli.inspect_topk.movement import LAGS, Movement
 from hysparse_cli.inspect_topk.needle import LayerNeedle
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.recipe import InspectOptions
+from hysparse_cli.rounding import rounded
 
 if TYPE_CHECKING:
     from rich.console import Group
     from torch import Tensor
 
 SCHEMA = "hysparse.inspect-topk/2"
-_DIGITS = 5
+DIGITS = 5  # more than a text can tell
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,15 @@ class Inspection:
 
     def as_json(self) -> dict[str, Any]:
         """docs/schema/inspect-topk.json; without the selections, which ``npz`` has."""
-        found: dict[str, Any] = _rounded(
+        found: dict[str, Any] = rounded(
             {
                 "full_layers": [asdict(layer) for layer in self.full_layers],
                 "served_layers": [asdict(layer) for layer in self.served_layers],
                 "overlap": self.overlap,
                 "answer_overlap": self.answer_overlap,
                 "needle": None if self.needle is None else asdict(self.needle),
-            }
+            },
+            DIGITS,
         )
         return {
             "schema": SCHEMA,
@@ -131,12 +133,3 @@ class Inspection:
             "lags": list(LAGS),
             **found,
         }
-
-
-def _rounded(value: Any) -> Any:
-    """Five digits are more than a text can tell."""
-    if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

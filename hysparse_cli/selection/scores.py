@@ -1,7 +1,6 @@
 """The score file: what was measured of one model on one text, so that it is measured once."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -10,9 +9,12 @@ from typing import Any
 from hysparse_cli.checkpoint import Checkpoint
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.recipe import ConvertOptions
+from hysparse_cli.rounding import rounded
 from hysparse_cli.selection.overlap import Overlap
+from hysparse_cli.staging import write_whole
 
 SCHEMA = "hysparse.scores/1"
+DIGITS = 6  # say more than a sample of text knows
 SIZES = ("block_size", "top_k_tokens", "window_tokens")
 TEXT = (
     "calibration",
@@ -46,13 +48,10 @@ class Scores:
 
         Raises: InvalidRecipe where it can't be written.
         """
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        text = json.dumps({"schema": SCHEMA} | _rounded(asdict(self)), indent=1)
+        text = json.dumps({"schema": SCHEMA} | rounded(asdict(self), DIGITS), indent=1)
         try:
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, text + "\n")
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise InvalidRecipe(f"scores {path} can't be written: {error.strerror}") from None
 
 
@@ -99,12 +98,3 @@ def fingerprint(checkpoint: Checkpoint) -> str:
                 file.seek(shard.header_size + piece * (shard.size - shard.header_size) // _PIECES)
                 digest.update(file.read(_PIECE_BYTES))
     return digest.hexdigest()
-
-
-def _rounded(value: Any) -> Any:
-    """Six digits say more than a sample of text knows."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hysparse_cli.bench.ceilings import measured_ceilings
 from hysparse_cli.bench.kernels.clock import Latency, Run, latency_in_graph, latency_of
 from hysparse_cli.bench.kernels.decode import decode_cases
 from hysparse_cli.bench.kernels.lists import read_lists
@@ -32,8 +33,6 @@ if find_spec("triton"):
 Progress = Callable[[str, int, int], None]
 PeerTimes = dict[tuple[Any, ...], PeerTime]
 
-COPY_BYTES = {"cuda": 2**31, "cpu": 2**20}
-MATMUL_SIZE = {"cuda": 8192, "cpu": 128}
 REASON_LENGTH = 120
 
 
@@ -138,24 +137,12 @@ def _backend_of(work: Work) -> str:
 
 def _ceilings(options: KernelBenchOptions, device: torch.device) -> list[Ceiling]:
     """What copying and multiplying large tensors reaches, per second."""
-
-    def copy() -> tuple[Run, float]:
-        source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source), 2 * source.nbytes  # read and written
-
-    def matmul() -> tuple[Run, float]:
-        size = MATMUL_SIZE[device.type]
-        like: dict[str, Any] = {"device": device, "dtype": getattr(torch, options.dtype)}
-        chance = torch.Generator(device).manual_seed(options.seed)
-        a, b = (torch.randn(size, size, generator=chance, **like) for _ in range(2))
-        return lambda: a @ b, 2 * size**3
-
-    def reached(what: Callable[[], tuple[Run, float]]) -> float:
-        run, amount = what()
-        return 1e3 * amount / latency_of(run, device, options.measure_ms).median
-
-    return [Ceiling("copy", "TB/s", reached(copy)), Ceiling("matmul", "TFLOP/s", reached(matmul))]
+    dtype = getattr(torch, options.dtype)
+    found = measured_ceilings(dtype, device, options.seed, options.measure_ms)
+    return [
+        Ceiling("copy", "TB/s", found["bytes_per_second"]),
+        Ceiling("matmul", "TFLOP/s", found["flops_per_second"]),
+    ]
 
 
 def _device(options: KernelBenchOptions) -> torch.device:
