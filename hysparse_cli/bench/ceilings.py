@@ -15,9 +15,10 @@ def measured_ceilings(
     dtype: torch.dtype, device: torch.device, seed: int, measure_ms: int = MEASURE_MS
 ) -> dict[str, float]:
     """``bytes_per_second``, read and written, and ``flops_per_second`` in ``dtype``."""
-    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
     size, chance = MATMUL_SIZE[device.type], torch.Generator(device).manual_seed(seed)
+    bytes_: dict[str, Any] = {"dtype": torch.uint8, "device": device, "generator": chance}
+    source = torch.randint(256, (COPY_BYTES[device.type],), **bytes_)
+    target = torch.empty_like(source)
     like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": chance}
     a, b = (torch.randn(size, size, **like) for _ in range(2))
 

@@ -1,8 +1,9 @@
 """What measurements must be read with: the machine, its clocks, the versions and the commit."""
 
+import json
 import os
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from hysparse_cli.devices import describe
 
+HASH_DIGITS = 12
 READINGS = {
     "sm_clock_mhz": "clocks.sm",
     "memory_clock_mhz": "clocks.mem",
@@ -55,9 +57,16 @@ def _smi(fields: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code is in, with "-dirty" where it is changed; None without one."""
-    folder = str(Path(__file__).parent)
-    return _output(["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"])
+    """Of the repository that hysparse was installed from, or of the checkout that it runs in, with
+    "-dirty" where that is changed; None without either."""
+    if installed := distribution("hysparse").read_text("direct_url.json"):  # PEP 610
+        commit: str | None = json.loads(installed).get("vcs_info", {}).get("commit_id")
+        if commit is not None:
+            return commit[:HASH_DIGITS]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    if _output([*git, "ls-files", Path(__file__).name]) is None:  # some other project's checkout
+        return None
+    return _output([*git, "describe", "--always", "--dirty", f"--abbrev={HASH_DIGITS}"])
 
 
 def _output(command: list[str]) -> str | None:
