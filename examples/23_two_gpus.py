@@ -5,8 +5,7 @@
 
 makes a random qwen3 of 0.9B parameters, converts it, and trains it for 12 steps in bfloat16 with
 gradient checkpointing: the GPUs share 4 rows of 32,768 tokens, or with --split both have a half of
-each row of 131,072 (6 steps). Speed is of the steps from the third on, as the first two compile the
-kernels.
+each row of 131,072, 6 steps. Speed is of the steps from the third on: the first compile kernels.
 """
 
 import json
