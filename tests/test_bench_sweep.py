@@ -384,3 +384,23 @@ def test_a_checkpoint_that_can_not_be_read_ends_the_run(
     run = hysparse("bench", tiny_checkpoint, "--context", "24", "--phases", "prefill", *QUICK)
     assert run.exit_code == 7 and run.stderr.count("\n") == 1, run.stderr
     assert shard.name in run.stderr
+
+
+def test_wrong_attention_fails_the_run_and_has_no_time(
+    hysparse: Hysparse, tiny_original: Path, tmp_path: Path
+) -> None:
+    """A row as it is kept where the attention was wrong: the sweep goes on from it."""
+    args = ("bench", tiny_original, "--phases", "prefill", "--context", "24", *QUICK)
+    args = (*args, "--subjects", "dense,hysparse", "--output", tmp_path)
+    assert hysparse(*args).exit_code == 0
+    kept = tmp_path / "rows.jsonl"
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    row = next(line["rows"][1] for line in lines if "rows" in line)
+    assert row["values"]["sparse_attention_error"] > 0
+    row |= {"error": "wrong: sparse_attention_error 3.0e-01", "samples": {}, "values": {}}
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = hysparse(*args)
+    assert run.exit_code == 6
+    assert "wrong: sparse" in " ".join(run.stdout.split())
+    said = "hysparse, prefill at 24 x 1: wrong: sparse_attention_error 3.0e-01"
+    assert said in run.stderr and run.stderr.count("\n") == 1

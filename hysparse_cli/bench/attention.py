@@ -17,6 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import hysparse_cli.model.modeling  # noqa: F401 - registers the attention that we stand in for
 from hysparse_cli.bench.clock import Marks
+from hysparse_cli.bench.exactness import Witness
 from hysparse_cli.model.attention import ATTENTION_NAME, hysparse_attention
 from hysparse_cli.model.state import ForwardState, Shared
 
@@ -30,6 +31,7 @@ class AttentionPart:
 
     marks: where begin and end of every call are noted, backward ones too; None where they are not.
     calls: what every call was, ready to be made again; None where they are not kept.
+    witness: sees what the calls were given and gave; None where nobody looks.
     lists: (1, T, G, K), which sparse layers attend to in place of what was selected for them; or
     None. The selection is computed all the same.
     """
@@ -38,6 +40,7 @@ class AttentionPart:
         self.attend = attend
         self.marks: Marks | None = None
         self.calls: list[Callable[[], Any]] | None = None
+        self.witness: Witness | None = None
         self.lists: Tensor | None = None
 
     def __call__(
@@ -48,13 +51,16 @@ class AttentionPart:
         if self.calls is not None:
             self.calls.append(partial(self.attend, module, query, key, value, mask, **options))
         marks = self.marks
-        if marks is None:
-            return self.attend(module, query, key, value, mask, **options)
-        query, key, value = _Mark.apply(marks, query, key, value)  # type: ignore[no-untyped-call]
-        marks.mark()
+        if marks is not None:
+            query, key, value = _Mark.apply(marks, query, key, value)  # type: ignore[no-untyped-call]
+            marks.mark()
         out, weights = self.attend(module, query, key, value, mask, **options)
-        marks.mark()
-        (out,) = _Mark.apply(marks, out)  # type: ignore[no-untyped-call]
+        if marks is not None:
+            marks.mark()
+            (out,) = _Mark.apply(marks, out)  # type: ignore[no-untyped-call]
+        if self.witness is not None:
+            qkv, selected = (query, key, value), self.lists is None
+            self.witness.see(module, qkv, options, out, selected=selected)
         return out, weights
 
 

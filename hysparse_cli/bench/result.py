@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hysparse_cli.bench.exactness import WRONG
 from hysparse_cli.bench.plots import plots_of
 from hysparse_cli.bench.rows import Row, times_dense
 from hysparse_cli.bench.tables import COLUMNS, caption, cells_of_row
@@ -38,6 +39,14 @@ class Bench:
 
     def phases(self) -> list[str]:
         return list(dict.fromkeys(row.phase for row in self.rows))
+
+    def failures(self) -> list[str]:
+        """Rows whose attention was wrong, which no time is given for."""
+        return [
+            f"{row.subject}, {row.phase} at {row.context:,} x {row.batch:,}: {row.error}"
+            for row in self.rows
+            if row.error is not None and row.error.startswith(WRONG)
+        ]
 
     def times_dense(self, row: Row) -> dict[str, float]:
         return times_dense(row, self.rows)

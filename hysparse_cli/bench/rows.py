@@ -31,7 +31,7 @@ class Row:
         return self.phase, self.context, self.batch
 
     def add(self, measured: dict[str, Any]) -> None:
-        """One more turn; the highest peak counts."""
+        """One more turn; the highest peak and the largest error count."""
         for name, value in measured.items():
             if name.endswith("s_ms"):
                 self.samples.setdefault(name, []).extend(value)
@@ -39,8 +39,8 @@ class Row:
                 self.values[name] = asdict(value)
             else:
                 before = self.values.get(name)
-                peak = name == "peak_memory_bytes" and before is not None
-                self.values[name] = max(before, value) if peak else value
+                rises = name == "peak_memory_bytes" or name.endswith("_error")
+                self.values[name] = max(before, value) if rises and before is not None else value
 
     @property
     def time(self) -> Timing | None:

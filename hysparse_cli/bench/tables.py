@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from hysparse_cli.bench.break_even import break_even_notes
 from hysparse_cli.bench.clock import milliseconds
+from hysparse_cli.bench.exactness import CHECKED_QUERIES, errors_in
 from hysparse_cli.bench.rows import Row
 from hysparse_cli.convert.plan import readable
 
@@ -82,7 +83,23 @@ def caption(bench: "Bench") -> list[str]:
         f"measured, in turns; decode: {options.decode_tokens} steps each, at that many tokens in a "
         f"static cache; blocks read: {lists.get(options.lists, options.lists)}",
     ]
-    return [*notes, *break_even_notes(bench), _stamp(bench.environment)]
+    return [*notes, *_exactness(bench), *break_even_notes(bench), _stamp(bench.environment)]
+
+
+def _exactness(bench: "Bench") -> list[str]:
+    """A line on the largest errors of all rows, where attention was timed."""
+    largest: dict[str, float] = {}
+    for row in bench.rows:
+        for name, error in errors_in(row.values).items():
+            largest[name] = max(error, largest.get(name, 0.0))
+    if not largest:
+        return []
+    said = ", ".join(
+        f"{n.removesuffix('_error').replace('_', ' ')} {e:.1e}" for n, e in largest.items()
+    )
+    return [
+        f"errors against float64, the largest: {said} (last {CHECKED_QUERIES} queries, forward)"
+    ]
 
 
 def _stamp(environment: dict[str, Any]) -> str:

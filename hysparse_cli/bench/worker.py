@@ -19,6 +19,7 @@ from transformers.utils import logging
 from hysparse_cli.bench.attention import DENSE_NAME, listen_to
 from hysparse_cli.bench.ceilings import measured_ceilings
 from hysparse_cli.bench.decode import decode
+from hysparse_cli.bench.exactness import wrong
 from hysparse_cli.bench.kernels.lists import local_lists, read_lists
 from hysparse_cli.bench.kernels.run import FAILURES
 from hysparse_cli.bench.memory import confirm, measure_memory
@@ -38,7 +39,7 @@ from hysparse_kernels.backends import Call, choose
 OPS = ("full_attention", "sparse_layer_attention", "sliding_window_attention")
 OUT_OF_MEMORY = "out of memory"
 REASON_LENGTH = 120
-QUICK_SECONDS = 5  # a turn for which 50 ms of the driver's would be more than 1%
+QUICK_SECONDS = 20  # what takes longer than that is slowed by less than 1%
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ class ReadySubject:
             "kernels": {} if subject.is_dense else self._kernels(model),
         }
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
-        """The numbers of one turn."""
+    def measure(self, cell: Cell) -> dict[str, Any] | Failed:
+        """The numbers of one turn; Failed where the attention was wrong."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         if cell.phase == "memory":
@@ -132,6 +133,8 @@ class ReadySubject:
             found = self._timed(cell)
             whole, attention = work_of(self._shape, cell.phase, cell.context, cell.batch)
             found |= {"work": whole, "attention_work": attention}
+            if reason := wrong(found, torch_dtype(self.subject, self.options.dtype)):
+                return Failed(reason)
         if self.device.type == "cuda":
             found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return found
@@ -213,7 +216,8 @@ class ReadySubject:
         """Leave the device's memory to others."""
         if self._weights is not None:
             self._weights.park()
-        self.part.marks = self.part.calls = self.part.lists = None
+        part = self.part
+        part.marks = part.calls = part.witness = part.lists = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

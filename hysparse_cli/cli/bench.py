@@ -124,6 +124,7 @@ def bench(
         sys.stdout.write(result.as_csv() if format_ == "csv" else result.markdown())
     else:
         show(result, as_json=format_ == "json")
+    _fail(result.failures())
 
 
 def _kernels(flags: dict[str, Any], format_: str) -> None:
@@ -147,5 +148,9 @@ def _kernels(flags: dict[str, Any], format_: str) -> None:
         sys.stdout.write(found.markdown())
     else:
         show(found, as_json=format_ == "json")
-    if found.failures():
-        raise QualityGateFailed("; ".join(found.failures()))
+    _fail(found.failures())
+
+
+def _fail(failures: list[str]) -> None:
+    if failures:
+        raise QualityGateFailed("; ".join(failures))

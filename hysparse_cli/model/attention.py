@@ -61,12 +61,14 @@ class _SparseAttention:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs["branches"] = self.hysparse(hidden_states)
-        output = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         past = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        if past is not None and isinstance(
-            layer := past.layers[self.layer_idx], DynamicSlidingWindowLayer
-        ):
-            _release_prefill(layer)
+        layers = past.layers if past is not None else []
+        layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+        if not isinstance(layer, DynamicSlidingWindowLayer):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        _move_length(layer, hidden_states.device)
+        output = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        _release_prefill(layer)
         return output
 
 
@@ -74,6 +76,13 @@ class _SparseAttention:
 def sparse_class(stock: Any) -> type[nn.Module]:
     """The sparse attention layer's class made from a stock attention class."""
     return type(f"HySparse{stock.__name__}", (_SparseAttention, stock), {"__module__": __name__})
+
+
+def _move_length(layer: DynamicSlidingWindowLayer, device: torch.device) -> None:
+    """Move the window's length to the GPU ahead of the layer's first update, where transformers
+    would wait for all work before it, in every sparse layer of every prefill."""
+    if (length := getattr(layer, "_sliding_window_tensor", None)) is not None:
+        layer._sliding_window_tensor = length.to(device, non_blocking=True)
 
 
 def _release_prefill(layer: DynamicSlidingWindowLayer) -> None:

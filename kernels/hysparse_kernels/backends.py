@@ -6,7 +6,8 @@ gives the reason why it can't run a call, or None.
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -92,6 +93,20 @@ def choose(call: Call) -> Choice:
     raise ValueError(
         f"no backend runs {call.op}: {'; '.join(f'{n}: {w}' for n, w in refusals.items())}"
     )
+
+
+@contextmanager
+def run_by(backend: str) -> Iterator[None]:
+    """Let the backend of this name run every op inside the block."""
+    before = os.environ.get(ENVIRONMENT_VARIABLE)
+    os.environ[ENVIRONMENT_VARIABLE] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[ENVIRONMENT_VARIABLE] = before
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

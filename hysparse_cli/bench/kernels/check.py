@@ -3,9 +3,7 @@
 By the law of ``hysparse_kernels.law``.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hysparse_kernels import KeyRange
-from hysparse_kernels.backends import ENVIRONMENT_VARIABLE
+from hysparse_kernels.backends import run_by
 from hysparse_kernels.law import FACTOR, Error, judge
 
 CHECKED_QUERIES = 64
@@ -51,7 +49,7 @@ def check_forward(operation: Operation) -> list[Error]:
         chosen = getattr(result, "block_idx", None)
         inputs, seen = _at(operation, rows)
         plain = operation.plain(inputs, seen)
-        with _reference():
+        with run_by("reference"):
             truth = operation.call(_wide(inputs), seen)
         errors = judge("out", ours, plain, output_of(truth))
         if chosen is not None:
@@ -68,7 +66,7 @@ def check_backward(operation: Operation, grad_out: Tensor) -> list[Error]:
     grad_rows = grad_out[:CHECKED_SEQUENCES, rows]
     ours = gradients(lambda x: operation.call(x, operation.seen), operation.inputs, grad_out)
     plain = gradients(lambda x: operation.plain(x, seen), inputs, grad_rows)
-    with _reference():
+    with run_by("reference"):
         truth = gradients(lambda x: operation.call(x, seen), _wide(inputs), grad_rows.double())
 
     errors: list[Error] = []
@@ -113,7 +111,7 @@ def _selection_error(
 ) -> Error:
     """How far the true scores of the chosen blocks are from those of the best, of which they are a
     part."""
-    with _reference():
+    with run_by("reference"):
         truth = operation.call(_wide(inputs), seen, return_block_scores=True)
     assert operation.block_size is not None
     scores = _plain_scores(inputs["q"], inputs["k"], seen, operation.block_size)
@@ -152,17 +150,3 @@ def _scores_of(block_idx: Tensor, scores: Tensor) -> Tensor:
 
 def _wide(inputs: Tensors) -> dict[str, Tensor]:
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-
-
-@contextmanager
-def _reference() -> Iterator[None]:
-    """Let the reference run every op inside the block."""
-    before = os.environ.get(ENVIRONMENT_VARIABLE)
-    os.environ[ENVIRONMENT_VARIABLE] = "reference"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[ENVIRONMENT_VARIABLE]
-        else:
-            os.environ[ENVIRONMENT_VARIABLE] = before
