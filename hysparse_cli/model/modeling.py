@@ -64,11 +64,13 @@ class _HySparseModel:
         install(self, spec)
         self.post_init()  # type: ignore[attr-defined]
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Branches):  # after its children, whose values it overwrites
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
+    def initialize_weights(self) -> None:
+        """The decoder is a model of its own, whose stock class does not know ``Branches``: they get
+        their values here, but for those that were loaded."""
+        super().initialize_weights()  # type: ignore[misc]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, Branches):
+                module.reset_parameters()
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         if self.config._attn_implementation == ATTENTION_NAME != attn_implementation:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,12 +100,40 @@ def test_layer_types_make_the_caches(checkpoint: Path) -> None:
     assert set(HysparseSpec("FSSFS", sparse_kv="own").layer_types) == {"full_attention"}
 
 
+def starts(model: Any) -> bool:
+    """Whether the new tensors are at the values that a conversion gives them."""
+    new = {n: p for n, p in model.named_parameters() if ".hysparse." in n}
+    return bool(new) and all(p.eq(-10 if n.endswith("sinks") else 0).all() for n, p in new.items())
+
+
+def test_a_model_of_a_config_alone_begins_as_a_converted_one(checkpoint: Path) -> None:
+    assert starts(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint)))
+
+
+def test_new_tensors_that_a_checkpoint_lacks_get_their_start_and_the_others_are_read(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    lacking = tmp_path / "lacking"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tensors = model.state_dict()
+    for name in tensors:
+        if ".hysparse." in name:
+            tensors[name] = torch.full_like(tensors[name], 0.5)
+    read = "model.layers.1.self_attn.hysparse.sinks"
+    kept = {n: x for n, x in tensors.items() if ".hysparse." not in n or n == read}
+    model.save_pretrained(lacking, state_dict=kept)
+    loaded = AutoModelForCausalLM.from_pretrained(lacking)
+    found = loaded.get_parameter(read)
+    assert found.eq(0.5).all()
+    torch.nn.init.constant_(found, -10.0)
+    assert starts(loaded)
+
+
 def test_a_dense_model_made_sparse_keeps_its_rotary_frequencies() -> None:
     model = AutoModelForCausalLM.from_config(dense_config("qwen3"), dtype=torch.bfloat16)
     before = model.model.rotary_emb.inv_freq.clone()
     make_sparse(model, SPEC)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
-    new = {n: p for n, p in model.named_parameters() if ".hysparse." in n}
-    assert new and {p.dtype for p in new.values()} == {torch.bfloat16}
-    assert all(p.eq(-10 if n.endswith("sinks") else 0).all() for n, p in new.items())
+    new = [p for n, p in model.named_parameters() if ".hysparse." in n]
+    assert starts(model) and {p.dtype for p in new} == {torch.bfloat16}
