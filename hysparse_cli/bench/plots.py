@@ -30,7 +30,8 @@ TIMES = {
 class Plot:
     """One picture: ``lines`` are subject -> (tokens, value) each.
 
-    limit: a value to draw across, and its name, or None.
+    limit: a value to draw across, and its name, or None. dashed: subjects whose line lies on
+    another's, which has to be seen, too.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Plot:
     lines: dict[str, list[tuple[int, float]]]
     log: bool = False
     limit: tuple[float, str] | None = None
+    dashed: tuple[str, ...] = ()
 
     def figure(self) -> "Figure":
         from matplotlib.figure import Figure
@@ -49,7 +51,7 @@ class Plot:
         for subject, points in self.lines.items():
             xs, ys = zip(*points, strict=True)
             name, _, part = subject.partition(", ")
-            style = ":" if part else "-"
+            style = ":" if part else "--" if subject in self.dashed else "-"
             axes.plot(xs, ys, style, color=COLORS.get(name), marker="o", label=subject)
         if self.limit is not None:
             axes.axhline(self.limit[0], color="black", linestyle="--", label=self.limit[1])
@@ -121,4 +123,5 @@ def _memory(rows: list[dict[str, Any]], title: str, device: str) -> Plot:
             lines.add(row, (row["weight_bytes"] + row["arithmetic_kv_bytes"]) / GIB)
             limit = (row["total_bytes"] / GIB, f"memory of {device}")
     what = "weights and KV cache of one sequence, GiB"
-    return Plot("memory", f"memory: {title}", what, lines.by_subject, log=True, limit=limit)
+    name, same = f"memory: {title}", ("dense-flash", "hysparse")
+    return Plot("memory", name, what, lines.by_subject, log=True, limit=limit, dashed=same)
