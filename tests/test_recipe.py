@@ -6,8 +6,12 @@ import pytest
 
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.recipe import (
+    BenchOptions,
     ConvertOptions,
+    EvalOptions,
     FinetuneOptions,
+    InspectOptions,
+    KernelBenchOptions,
     Recipe,
     Section,
     bytes_of,
@@ -212,3 +216,24 @@ def test_lists_of_lengths_and_names() -> None:
     with pytest.raises(InvalidRecipe, match=r"context '1\.5k' is not a list of lengths"):
         token_counts("context", "1.5k")
     assert name_list("memory, decode") == ["memory", "decode"]
+
+
+@pytest.mark.parametrize(
+    ("section", "fields"),
+    [
+        (ConvertOptions, ["calibration", "scores"]),
+        (FinetuneOptions, ["data", "resume"]),
+        (EvalOptions, ["data", "lm_eval_folder", "output"]),
+        (InspectOptions, ["data", "html", "png", "npz", "lists"]),
+        (BenchOptions, ["lists"]),
+        (KernelBenchOptions, ["lists"]),
+    ],
+)
+def test_files_of_a_recipe_may_be_in_the_users_home(
+    section: type[Section], fields: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = next(n for n, field in Recipe.model_fields.items() if field.annotation is section)
+    strategy = ["convert.strategy=dp"]  # one that has scores
+    options = load_section(section, None, strategy + [f"{name}.{f}=~/file" for f in fields])
+    assert {getattr(options, field) for field in fields} == {str(tmp_path / "file")}

@@ -131,8 +131,9 @@ def _planted(
         except InvalidRecipe:
             if facts == 1:
                 raise InvalidRecipe(
-                    f"calibration rows of {tokens} tokens are too short to plant a fact and ask "
-                    f"for it (form {form}): make them longer"
+                    f"text of {tokens} tokens is too short to plant a fact and ask for it (form "
+                    f"{form}): raise convert.calibration_sequence_tokens, or the max_tokens of "
+                    "inspect_topk"
                 ) from None
             facts //= 2
 

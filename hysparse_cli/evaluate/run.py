@@ -42,7 +42,7 @@ def evaluate(
     references = _references(gates, names, dense)
     texts = Texts(_read(options) if options.data is not None else None, options)
     harness = Harness(options, folders[0]) if options.lm_eval else None
-    state = State(Path(options.output).expanduser() if options.output else None)
+    state = State(Path(options.output) if options.output else None)
     environment = describe(resolve_device(options.device))
     scorer = Scorer(texts, harness, state, options, environment, on_progress)
     with keeping(state.folder and state.folder / FINISHED):
@@ -70,7 +70,7 @@ def _references(
 
 def _read(options: EvalOptions) -> list[str]:
     assert options.data is not None
-    texts = read_documents(Path(options.data).expanduser(), options.text_field)
+    texts = read_documents(Path(options.data), options.text_field)
     documents = [text for text in texts if text.strip()]
     if not documents:
         raise UnreadableInput(f"data {options.data} holds no text: give a file that does")

@@ -48,9 +48,7 @@ class Scorer:
         self.texts, self.harness, self.state = texts, harness, state
         self.options, self.on_progress = options, on_progress
         self._machine = {name: environment[name] for name in environment if name != "threads"}
-        self._data = (
-            file_as_it_is(Path(options.data).expanduser()) if options.data is not None else None
-        )
+        self._data = file_as_it_is(Path(options.data)) if options.data is not None else None
         self._tasks = [
             Task(form, tokens, options.retrieval_facts, options.retrieval_questions)
             for form in options.retrieval_forms

@@ -39,7 +39,7 @@ def corpus_of(options: FinetuneOptions) -> Corpus:
         return _DataSet(options.data.removeprefix(HUB), options)
     if options.data_subset is not None:
         raise InvalidRecipe("finetune.data_subset belongs to a data set (data: hub:NAME): leave it")
-    return _File(Path(options.data).expanduser(), options.text_field)
+    return _File(Path(options.data), options.text_field)
 
 
 class _File:

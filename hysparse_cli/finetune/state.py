@@ -61,7 +61,7 @@ def begin_or_resume(out: Path, options: FinetuneOptions) -> Path | None:
         return last
     given = None
     if asked is not None and asked != "auto":
-        given = _given(Path(asked).expanduser())
+        given = _given(Path(asked))
         if last is not None and given.resolve().parent == last.resolve().parent:
             return given
     if last is not None:
@@ -92,7 +92,7 @@ def run_of(checkpoint: Path, options: FinetuneOptions) -> dict[str, Any]:
     """What must be the same for a state to be gone on with."""
     assert options.data is not None
     fields = options.model_dump(mode="json", exclude=_MAY_CHANGE)
-    file = Path(options.data).expanduser()
+    file = Path(options.data)
     size = file.stat().st_size if file.is_file() else None
     return {"checkpoint": str(checkpoint.resolve()), "bytes of data": size, **fields}
 

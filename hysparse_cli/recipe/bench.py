@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hysparse_cli.recipe.fields import Device, Dtype, Positive, Section
+from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section
 
 Phase = Literal["memory", "prefill", "decode", "train"]
 SubjectName = Literal["dense", "dense-cudnn", "dense-flash", "hybrid-swa", "hysparse"]
@@ -49,7 +49,7 @@ class BenchOptions(Section):
     warmup: Annotated[int, Field(ge=0)] = 1
     repeat: Positive = 3
     gradient_checkpointing: bool = False
-    lists: str = "own"
+    lists: FilePath = "own"
     dtype: Dtype = "auto"
     device: Device = "auto"
     seed: int = 0
@@ -83,7 +83,7 @@ class KernelBenchOptions(Section):
     window_tokens: Positive = 128
     decode_batch: list[Positive] = [1, 16, 64]
     decode_context: Annotated[int, Field(gt=1)] = 32768
-    lists: str | None = None
+    lists: FilePath | None = None
     measure_ms: Positive = 100
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Device = "auto"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hysparse_cli.model.config import LayoutName, SparseKv, WindowKv, check_switches
-from hysparse_cli.recipe.fields import Device, Dtype, Positive, Real, Section, Size
+from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Real, Section, Size
 
 Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
 Init = Literal["constant", "copy", "aligned"]
@@ -57,12 +57,12 @@ class ConvertOptions(Section):
     explain_tokens: Positive = 8192
     dtype: Dtype = "auto"
     max_shard_size: Size = "5GB"
-    calibration: str | None = None
+    calibration: FilePath | None = None
     calibration_text_field: str = "text"
     calibration_tokens: Positive = 16384
     calibration_sequence_tokens: Annotated[int, Field(gt=1)] | None = None
     seed: int = 0
-    scores: str | None = None
+    scores: FilePath | None = None
     device: Device = "auto"
     revision: str | None = None
     trust_remote_code: bool = False

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from hysparse_cli.recipe.fields import Device, Dtype, Positive, Section
+from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section
 
 Form = Literal["magic-number", "secret", "key-value", "recall"]
 Family = Literal[
@@ -27,7 +27,7 @@ class EvalOptions(Section):
     Retrieval plants its facts in text of ``data``, or of its own making where there is none.
     """
 
-    data: str | None = None
+    data: FilePath | None = None
     text_field: str = "text"
     sequence_tokens: Positive = 2048
     stride: Positive | None = None
@@ -39,10 +39,10 @@ class EvalOptions(Section):
     retrieval_facts: Positive = 8
     retrieval_questions: Positive = 4
     lm_eval: list[str] = []
-    lm_eval_folder: str | None = None
+    lm_eval_folder: FilePath | None = None
     lm_eval_limit: Positive | None = None
     require: list[str] = []
-    output: str | None = None
+    output: FilePath | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
     seed: int = 0

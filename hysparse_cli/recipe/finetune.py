@@ -5,7 +5,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hysparse_cli.recipe.fields import Beta, Device, Dtype, Fraction, Positive, Real, Section
+from hysparse_cli.recipe.fields import (
+    Beta,
+    Device,
+    Dtype,
+    FilePath,
+    Fraction,
+    Positive,
+    Real,
+    Section,
+)
 
 Objective = Literal["align", "distill", "train"]
 Trainable = Literal["all", "attention", "sparse-attention", "new"]
@@ -104,7 +113,7 @@ class FinetuneOptions(Section):
     many of them split the tokens of each row, and the KV heads in attention.
     """
 
-    data: str | None = None
+    data: FilePath | None = None
     data_subset: str | None = None
     data_split: str = "train"
     text_field: str = "text"
@@ -131,7 +140,7 @@ class FinetuneOptions(Section):
     gradient_checkpointing: bool = False
     stop_when_rising_steps: Positive | None = 100
     save_every_steps: Positive | None = None
-    resume: str | None = None
+    resume: FilePath | None = None
     log_to: Literal["tensorboard", "wandb"] | None = None
     nproc_per_node: Positive | None = None
     sequence_parallel_size: Positive = 1

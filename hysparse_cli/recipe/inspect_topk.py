@@ -1,6 +1,6 @@
 """Options of ``hysparse inspect-topk``."""
 
-from hysparse_cli.recipe.fields import Device, Dtype, Positive, Section
+from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section
 
 
 class InspectOptions(Section):
@@ -16,15 +16,15 @@ class InspectOptions(Section):
     """
 
     prompt: str | None = None
-    data: str | None = None
+    data: FilePath | None = None
     text_field: str = "text"
     max_tokens: Positive = 2048
     needle: str | None = None
     answer: str | None = None
-    html: str | None = None
-    png: str | None = None
-    npz: str | None = None
-    lists: str | None = None
+    html: FilePath | None = None
+    png: FilePath | None = None
+    npz: FilePath | None = None
+    lists: FilePath | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
     seed: int = 0

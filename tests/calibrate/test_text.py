@@ -64,5 +64,5 @@ def test_what_can_not_be_read_or_does_not_fit_is_refused(tokenizer: Any, tmp_pat
     empty.write_text("\n")
     with pytest.raises(UnreadableInput, match="holds no text"):
         calibration_text(tokenizer, data=empty, **SIZE)
-    with pytest.raises(InvalidRecipe, match="rows of 16 tokens are too short"):
+    with pytest.raises(InvalidRecipe, match="text of 16 tokens is too short"):
         calibration_text(tokenizer, data=None, **SIZE | {"sequence_tokens": 16})
