@@ -17,7 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import hysparse_cli.model.modeling  # noqa: F401 - registers the attention that we stand in for
 from hysparse_cli.bench.clock import Marks
-from hysparse_cli.bench.exactness import Witness
+from hysparse_cli.bench.exactness import AttentionCall, Witness
 from hysparse_cli.model.attention import ATTENTION_NAME, hysparse_attention
 from hysparse_cli.model.state import ForwardState, Shared
 
@@ -59,8 +59,9 @@ class AttentionPart:
             marks.mark()
             (out,) = _Mark.apply(marks, out)  # type: ignore[no-untyped-call]
         if self.witness is not None:
-            qkv, selected = (query, key, value), self.lists is None
-            self.witness.see(module, qkv, options, out, selected=selected)
+            selected = self.lists is None
+            call = AttentionCall(module, query, key, value, options, out, selected)
+            self.witness.see(call)
         return out, weights
 
 

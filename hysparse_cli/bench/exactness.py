@@ -5,7 +5,7 @@ queries, keys and lists that were timed. Gradients are not looked at: ``bench ke
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,24 @@ from hysparse_kernels import FullAttention, causal, full_attention
 from hysparse_kernels.backends import run_by
 
 CHECKED_QUERIES = 16
-# Of the size of the truth. Rounding inputs and result to bfloat16 comes to about a quarter of eps.
-LEAST_ALLOWED = 1e-5
+LEAST_ALLOWED = 1e-5  # of sums in float32, however fine the dtype
 WRONG = "wrong"
+
+
+class AttentionCall(NamedTuple):
+    """One call of a transformers attention function.
+
+    q, k, v: (B, heads, tokens, D). options: the function's others. out: (B, T, H, Dv), the result.
+    selected: whether the lists in use are those that full layers select.
+    """
+
+    module: Any
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: dict[str, Any]
+    out: Tensor
+    selected: bool
 
 
 class Witness:
@@ -27,25 +42,11 @@ class Witness:
     def __init__(self) -> None:
         self._seen: dict[str, _Layer] = {}
 
-    def see(
-        self,
-        module: Any,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        options: dict[str, Any],
-        out: Tensor,
-        *,
-        selected: bool,
-    ) -> None:
-        """One call of an attention function.
-
-        Args:
-            qkv: (B, heads, tokens, D) each, as it has them; options: its others.
-            out: (B, T, H, Dv), what it gave.
-            selected: whether the lists in use are those that full layers select.
-        """
-        kind = "full" if options.get("branches") is None else "sparse"
-        if kind not in self._seen or self._seen[kind].index == module.layer_idx:
-            self._seen[kind] = _Layer(module, qkv, options, out, selected)
+    def see(self, call: AttentionCall) -> None:
+        """Remember ``call``, if it is of a layer that is looked at: the latest counts."""
+        kind = "full" if call.options.get("branches") is None else "sparse"
+        if kind not in self._seen or self._seen[kind].index == call.module.layer_idx:
+            self._seen[kind] = _Layer(call)
 
     @torch.no_grad()
     def errors(self) -> dict[str, float]:
@@ -63,14 +64,12 @@ def errors_in(numbers: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if name.endswith("_error")}
 
 
-def allowed_error(dtype: torch.dtype) -> float:
-    """What rounding in ``dtype`` explains."""
-    return max(torch.finfo(dtype).eps, LEAST_ALLOWED)
-
-
 def wrong(numbers: Mapping[str, Any], dtype: torch.dtype) -> str | None:
-    """Which errors among ``numbers`` are more than ``dtype`` explains; None where none is."""
-    most = allowed_error(dtype)
+    """Which errors among ``numbers`` are above ``dtype``'s eps; None where none is.
+
+    Rounding the inputs and the result comes to about a quarter of it.
+    """
+    most = max(torch.finfo(dtype).eps, LEAST_ALLOWED)
     off = [f"{name} {error:.1e}" for name, error in errors_in(numbers).items() if not error <= most]
     return f"{WRONG}: {', '.join(off)}; {most:.1e} would be rounding" if off else None
 
@@ -78,21 +77,13 @@ def wrong(numbers: Mapping[str, Any], dtype: torch.dtype) -> str | None:
 class _Layer:
     """One layer's attention of the first sequence's last queries."""
 
-    def __init__(
-        self,
-        module: Any,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        options: dict[str, Any],
-        out: Tensor,
-        selected: bool,
-    ):
-        self.module, self.index = module, module.layer_idx
-        q, k, v = qkv
-        self.begin, self.end = max(0, q.shape[2] - CHECKED_QUERIES), q.shape[2]
-        self.q = q.detach()[:1, :, self.begin :].clone()
-        self.out = out.detach()[:1, self.begin :].clone()
-        self.k, self.v = k.detach()[:1], v.detach()[:1]
-        self.options = dict(options)
+    def __init__(self, call: AttentionCall):
+        self.module, self.index = call.module, call.module.layer_idx
+        self.begin, self.end = max(0, call.q.shape[2] - CHECKED_QUERIES), call.q.shape[2]
+        self.q = call.q.detach()[:1, :, self.begin :].clone()
+        self.out = call.out.detach()[:1, self.begin :].clone()
+        self.k, self.v = call.k.detach()[:1], call.v.detach()[:1]
+        self.options = dict(call.options)
         self.state: ForwardState | None = self.options.pop("hysparse", None)
         self.branches = self.options.pop("branches", None)
         self.shared: Shared | None = None
@@ -102,7 +93,7 @@ class _Layer:
         layers = self.state.spec.layers
         if self.branches is not None:
             self.shared = self._of_queries(self.state.shared_by(layers.server_of(self.index)))
-        elif selected and layers.serves(self.index):
+        elif call.selected and layers.serves(self.index):
             self.chosen = self._of_queries(self.state.shared_by(self.index)).block_idx
 
     def _of_queries(self, shared: Shared) -> Shared:
