@@ -3,7 +3,6 @@
 Shape suffixes: H query heads, G KV heads, R query heads of each, D head dim.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,37 +93,12 @@ def query_order(order: Order, num_heads: int) -> Tensor:
 
 
 def assign(costs: Sequence[Sequence[float]]) -> list[int]:
-    """The column of each row, all different, such that the sum of their costs is least.
+    """The column of each row, all different, such that the sum of their costs is least."""
+    from scipy.optimize import linear_sum_assignment
 
-    The Hungarian method with potentials, one shortest augmenting path for each row; column and row
-    0 stand for none.
-    """
-    size = len(costs)
-    of_row, of_column = [0.0] * (size + 1), [0.0] * (size + 1)
-    owner = [0] * (size + 1)  # the row that holds each column
-    for row in range(1, size + 1):
-        owner[0], column = row, 0
-        slack, before = [math.inf] * (size + 1), [0] * (size + 1)
-        open_columns = set(range(1, size + 1))
-        while owner[column]:
-            holder = owner[column]
-            for c in open_columns:
-                reduced = costs[holder - 1][c - 1] - of_row[holder] - of_column[c]
-                if reduced < slack[c]:
-                    slack[c], before[c] = reduced, column
-            column = min(open_columns, key=slack.__getitem__)
-            step = slack[column]
-            for c in range(size + 1):
-                if c in open_columns:
-                    slack[c] -= step
-                else:
-                    of_row[owner[c]] += step
-                    of_column[c] -= step
-            open_columns.remove(column)
-        while column:
-            owner[column] = owner[before[column]]
-            column = before[column]
-    return [owner.index(row, 1) - 1 for row in range(1, size + 1)]
+    _, columns = linear_sum_assignment(costs)
+    found: list[int] = columns.tolist()
+    return found
 
 
 def _rows(order: Sequence[int], size: int) -> list[int]:
