@@ -162,6 +162,11 @@ def check_plots(result: dict[str, Any]) -> None:
     assert limit[0] * 2**30 == pytest.approx(row["total_bytes"])
 
 
+@pytest.mark.parametrize("published", sorted((SCHEMA.parents[1] / "data").glob("bench-*.json")))
+def test_published_results_keep_the_schema(published: Path) -> None:
+    jsonschema.validate(json.loads(published.read_text()), json.loads(SCHEMA.read_text()))
+
+
 def test_out_of_memory_is_a_row_and_not_the_end(hysparse: Hysparse, tiny_original: Path) -> None:
     phases = ("--phases", "prefill,decode,train", "--context", "512")  # as much as it reads
     args = (
