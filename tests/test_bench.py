@@ -1,16 +1,13 @@
 """hysparse bench: what each phase measures, which is the model's own work and nothing else."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.modeling_utils import AttentionInterface
 
-from hysparse_cli.bench.attention import DENSE_NAME, AttentionPart, dense_attention, listen_to
+from hysparse_cli.bench.attention import dense_attention
 from hysparse_cli.bench.break_even import break_even
 from hysparse_cli.bench.clock import Marks, Timing, timed
 from hysparse_cli.bench.decode import Decoding, decode, static_kv_cache
@@ -21,27 +18,11 @@ from hysparse_cli.bench.train import _switch_checkpointing, measure_train
 from hysparse_cli.bench.work import Shape, Work, work_of
 from hysparse_cli.kv_cache import held_kv_bytes
 from hysparse_cli.loading import load
-from hysparse_cli.model.attention import ATTENTION_NAME, hysparse_attention
 from hysparse_cli.model.config import HysparseSpec
+from tests.listening import listened, unheard  # noqa: F401 - a fixture for all tests here
 from tests.model.tiny import dense_config, dense_model, hysparse_model
 
 SPEC = HysparseSpec("FSSFS", block_size=4, top_k_tokens=8, window_tokens=6)
-
-
-@pytest.fixture(autouse=True)
-def _unheard() -> Iterator[None]:
-    """Other tests of this process get HySparse's attention back as it was."""
-    yield
-    AttentionInterface.register(ATTENTION_NAME, hysparse_attention)
-
-
-def listened(model: Any) -> AttentionPart:
-    """What hears the attention of ``model``, a dense one's SDPA too."""
-    is_dense = model.config._attn_implementation != "hysparse"
-    part = listen_to(is_dense, "sdpa")
-    if is_dense:
-        model.set_attn_implementation(DENSE_NAME)
-    return part
 
 
 def test_a_dense_cache_holds_what_arithmetic_says(tiny_original: Path) -> None:

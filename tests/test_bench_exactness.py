@@ -1,21 +1,20 @@
 """The witness of a bench: it sees right attention as right, and wrong attention as wrong."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers.modeling_utils import AttentionInterface
 
-from hysparse_cli.bench.attention import DENSE_NAME, AttentionPart, listen_to
+from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.bench.decode import decode
-from hysparse_cli.bench.exactness import Witness, errors_in, wrong
+from hysparse_cli.bench.exactness import Witness, wrong
 from hysparse_cli.bench.kernels.lists import local_lists
 from hysparse_cli.bench.prefill import measure_prefill
 from hysparse_cli.bench.train import measure_train
-from hysparse_cli.model.attention import ATTENTION_NAME, hysparse_attention
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.state import ForwardState
+from tests.listening import listened, unheard  # noqa: F401 - a fixture for all tests here
 from tests.model.tiny import dense_model, hysparse_model
 
 PATTERN, SIZES = "FSSFS", {"block_size": 4, "top_k_tokens": 8, "window_tokens": 6}
@@ -28,35 +27,30 @@ LAYOUTS: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _unheard() -> Iterator[None]:
-    """Other tests of this process get HySparse's attention back as it was."""
-    yield
-    AttentionInterface.register(ATTENTION_NAME, hysparse_attention)
+def listened_model(switches: dict[str, Any]) -> tuple[Any, AttentionPart]:
+    model = hysparse_model("qwen3", HysparseSpec(PATTERN, **{**SIZES, **switches}), torch.float32)
+    return model, listened(model)
 
 
-def listened(switches: dict[str, Any] | None, dtype: torch.dtype) -> tuple[Any, AttentionPart]:
-    if switches is None:
-        model = dense_model("qwen3").to(dtype)
-        part = listen_to(True, "sdpa")
-        model.set_attn_implementation(DENSE_NAME)
-        return model, part
-    spec = HysparseSpec(PATTERN, **{**SIZES, **switches})
-    return hysparse_model("qwen3", spec, dtype), listen_to(False, "sdpa")
+def errors_of(part: AttentionPart, measure: Callable[[], Any]) -> dict[str, float]:
+    part.witness = Witness()
+    measure()
+    return part.witness.errors()
 
 
 def found_by_all_phases(model: Any, part: AttentionPart) -> dict[str, dict[str, float]]:
+    sizes = (model, part, 40, 2)
     return {
-        "prefill": errors_in(measure_prefill(model, part, 40, 2, seed=0)),
-        "decode": errors_in(decode(model, part, 40, 2, steps=1, seed=0)),
-        "train": errors_in(measure_train(model, part, 40, 2, seed=0, checkpointing=True)),
+        "prefill": errors_of(part, lambda: measure_prefill(*sizes, seed=0)),
+        "decode": errors_of(part, lambda: decode(*sizes, steps=2, seed=0)),
+        "train": errors_of(part, lambda: measure_train(*sizes, seed=0, checkpointing=True)),
     }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_right_attention_is_within_rounding(layout: str) -> None:
     switches, expected = LAYOUTS[layout]
-    model, part = listened(switches, torch.float32)
+    model, part = listened_model(switches)
     for phase, errors in found_by_all_phases(model, part).items():
         assert errors.keys() == expected, phase
         assert wrong(errors, torch.float32) is None
@@ -64,21 +58,22 @@ def test_right_attention_is_within_rounding(layout: str) -> None:
 
 
 def test_dense_attention_is_held_to_the_same() -> None:
-    model, part = listened(None, torch.float32)
+    model = dense_model("qwen3").float()
+    part = listened(model)
     for errors in found_by_all_phases(model, part).values():
         assert 0 < errors["full_attention_error"] < 1e-6 and len(errors) == 1
 
 
 def test_given_lists_are_read_but_were_not_selected() -> None:
-    model, part = listened({}, torch.float32)
+    model, part = listened_model({})
     part.lists = local_lists(40, 2, 2, 4, torch.Generator().manual_seed(0))
-    errors = errors_in(measure_prefill(model, part, 40, 2, seed=0))
+    errors = errors_of(part, lambda: measure_prefill(model, part, 40, 2, seed=0))
     assert errors.keys() == ALL - {"selection_error"} and wrong(errors, torch.float32) is None
 
 
 @pytest.mark.parametrize("kind", ["full", "sparse"])
 def test_wrong_attention_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, part = listened({}, torch.float32)
+    model, part = listened_model({})
     right = part.attend
 
     def off(*args: Any, **options: Any) -> Any:
@@ -89,7 +84,7 @@ def test_wrong_attention_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         part, "attend", lambda *a, branches=None, **o: off(*a, branches=branches, **o)
     )
-    errors = errors_in(measure_prefill(model, part, 40, 2, seed=0))
+    errors = errors_of(part, lambda: measure_prefill(model, part, 40, 2, seed=0))
     assert errors[f"{kind}_attention_error"] == pytest.approx(1e-3, rel=0.01)
     said = wrong(errors, torch.float32)
     assert said is not None and said.startswith(f"wrong: {kind}_attention_error 1.0e-03; 1.0e-05")
@@ -98,7 +93,7 @@ def test_wrong_attention_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_wrong_selection_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The earliest blocks in place of the best: the layers that read them do so rightly."""
-    model, part = listened({}, torch.float32)
+    model, part = listened_model({})
     publish = ForwardState.publish
 
     def earliest(state: ForwardState, layer: int, shared: Any) -> None:
@@ -106,10 +101,7 @@ def test_a_wrong_selection_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         publish(state, layer, shared._replace(block_idx=first))
 
     monkeypatch.setattr(ForwardState, "publish", earliest)
-    part.witness = Witness()
-    with torch.no_grad():
-        model(torch.arange(3, 43).view(2, 20))
-    errors = part.witness.errors()
+    errors = errors_of(part, lambda: measure_prefill(model, part, 40, 2, seed=0))
     assert errors["selection_error"] > 0.1 and errors["sparse_attention_error"] < 1e-6
 
 

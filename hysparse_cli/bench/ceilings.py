@@ -16,11 +16,10 @@ def measured_ceilings(
 ) -> dict[str, float]:
     """``bytes_per_second``, read and written, and ``flops_per_second`` in ``dtype``."""
     size, chance = MATMUL_SIZE[device.type], torch.Generator(device).manual_seed(seed)
-    bytes_: dict[str, Any] = {"dtype": torch.uint8, "device": device, "generator": chance}
-    source = torch.randint(256, (COPY_BYTES[device.type],), **bytes_)
+    like: dict[str, Any] = {"device": device, "generator": chance}
+    source = torch.randint(256, (COPY_BYTES[device.type],), dtype=torch.uint8, **like)
     target = torch.empty_like(source)
-    like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": chance}
-    a, b = (torch.randn(size, size, **like) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=dtype, **like) for _ in range(2))
 
     def per_second(run: Run, amount: float) -> float:
         run()

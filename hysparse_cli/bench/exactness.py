@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hysparse_cli.bench.kernels.check import scores_of, shortfall
 from hysparse_cli.model.attention import hysparse_attention
 from hysparse_cli.model.state import ForwardState, Shared
 from hysparse_kernels import FullAttention, causal, full_attention
@@ -61,7 +62,12 @@ class Witness:
 
 def errors_in(numbers: Mapping[str, Any]) -> dict[str, float]:
     """Those of a measurement's numbers that are errors."""
-    return {name: value for name, value in numbers.items() if name.endswith("_error")}
+    return {name: value for name, value in numbers.items() if is_error(name)}
+
+
+def is_error(name: str) -> bool:
+    """Whether a number of this name is one of ``Witness.errors``."""
+    return name.endswith("_error")
 
 
 def wrong(numbers: Mapping[str, Any], dtype: torch.dtype) -> str | None:
@@ -109,11 +115,8 @@ class _Layer:
         assert self.state is not None
         scores = self._attend_in_full(self.state.spec.block_size).block_scores
         assert scores is not None
-        padded = torch.nn.functional.pad(scores, (0, 1))  # what a pad scores
-        found = padded.gather(-1, chosen.long() % padded.shape[-1]).sort(-1, descending=True).values
         best = scores.topk(min(chosen.shape[-1], scores.shape[-1])).values
-        below = best - found[..., : best.shape[-1]]
-        return float((below / best.clamp(min=torch.finfo(best.dtype).tiny)).max())
+        return shortfall(scores_of(chosen, scores)[..., : best.shape[-1]], best)
 
     def _truth(self) -> Tensor:
         if self.branches is None:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.bench.clock import Marks, timed
-from hysparse_cli.bench.exactness import Witness
 from hysparse_cli.kv_cache import held_kv_bytes
 
 
@@ -28,15 +27,13 @@ def prefill(model: Any, input_ids: Tensor) -> Prefilled:
 def measure_prefill(
     model: Any, part: AttentionPart, context: int, batch: int, seed: int
 ) -> dict[str, Any]:
-    """Milliseconds of one prefill of random tokens and of its attention; KV bytes held after it;
-    the attention's errors."""
+    """Milliseconds of one prefill of random tokens and of its attention; KV bytes held after it."""
     input_ids = random_ids(model, context, batch, seed)
-    part.marks, part.witness = Marks(input_ids.device), Witness()
+    part.marks = Marks(input_ids.device)
     start, ttft = timed(lambda: prefill(model, input_ids), input_ids.device)
-    attention, errors = sum(part.marks.spans_ms()), part.witness.errors()
-    part.marks = part.witness = None
+    attention, part.marks = sum(part.marks.spans_ms()), None
     held = held_kv_bytes(start.cache)
-    return {"ttfts_ms": [ttft], "attentions_ms": [attention], "kv_bytes": held, **errors}
+    return {"ttfts_ms": [ttft], "attentions_ms": [attention], "kv_bytes": held}
 
 
 def random_ids(model: Any, context: int, batch: int, seed: int) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hysparse_cli.bench.clock import Timing
+from hysparse_cli.bench.exactness import is_error
 from hysparse_cli.bench.work import Work
 from hysparse_cli.bench.worker import Cell
 
@@ -39,7 +40,7 @@ class Row:
                 self.values[name] = asdict(value)
             else:
                 before = self.values.get(name)
-                rises = name == "peak_memory_bytes" or name.endswith("_error")
+                rises = name == "peak_memory_bytes" or is_error(name)
                 self.values[name] = max(before, value) if rises and before is not None else value
 
     @property

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.bench.clock import Marks, timed
-from hysparse_cli.bench.exactness import Witness
 from hysparse_cli.bench.prefill import random_ids
 from hysparse_cli.finetune.losses import next_token_sums
 
@@ -15,8 +14,7 @@ from hysparse_cli.finetune.losses import next_token_sums
 def measure_train(
     model: Any, part: AttentionPart, context: int, batch: int, seed: int, *, checkpointing: bool
 ) -> dict[str, Any]:
-    """Milliseconds of one step on random tokens, and of its attention, forward and backward; the
-    forward attention's errors.
+    """Milliseconds of one step on random tokens, and of its attention, forward and backward.
 
     checkpointing: activations are computed again for the gradient, which counts as attention too.
     """
@@ -24,17 +22,17 @@ def measure_train(
     model.train()
     if checkpointing:
         _switch_checkpointing(model, "enable", {"use_reentrant": False})
-    part.marks, part.witness = Marks(input_ids.device), Witness()
+    part.marks = Marks(input_ids.device)
     try:
         _, step = timed(lambda: _step(model, input_ids), input_ids.device)
-        attention, errors = sum(part.marks.spans_ms()), part.witness.errors()
+        attention = sum(part.marks.spans_ms())
     finally:
-        part.marks = part.witness = None
+        part.marks = None
         model.zero_grad()
         if checkpointing:
             _switch_checkpointing(model, "disable")
         model.eval()
-    return {"steps_ms": [step], "attentions_ms": [attention], **errors}
+    return {"steps_ms": [step], "attentions_ms": [attention]}
 
 
 def _step(model: Any, input_ids: Tensor) -> None:

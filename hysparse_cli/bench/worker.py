@@ -19,7 +19,7 @@ from transformers.utils import logging
 from hysparse_cli.bench.attention import DENSE_NAME, listen_to
 from hysparse_cli.bench.ceilings import measured_ceilings
 from hysparse_cli.bench.decode import decode
-from hysparse_cli.bench.exactness import wrong
+from hysparse_cli.bench.exactness import Witness, wrong
 from hysparse_cli.bench.kernels.lists import local_lists, read_lists
 from hysparse_cli.bench.kernels.run import FAILURES
 from hysparse_cli.bench.memory import confirm, measure_memory
@@ -133,25 +133,28 @@ class ReadySubject:
             found = self._timed(cell)
             whole, attention = work_of(self._shape, cell.phase, cell.context, cell.batch)
             found |= {"work": whole, "attention_work": attention}
-            if reason := wrong(found, torch_dtype(self.subject, self.options.dtype)):
-                return Failed(reason)
         if self.device.type == "cuda":
             found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        if self.part.witness is not None:  # after the peak, of which it is no part
+            found |= self.part.witness.errors()
+            if reason := wrong(found, torch_dtype(self.subject, self.options.dtype)):
+                return Failed(reason)
         return found
 
     def _timed(self, cell: Cell) -> dict[str, Any]:
         model, options = self._model(), self.options
         context, batch, seed = cell.context, cell.batch, options.seed
-        self.part.lists = self._lists(cell)
+        self.part.lists, self.part.witness = self._lists(cell), Witness()
+        measured = (model, self.part, context, batch, seed)
         if cell.phase == "prefill":
             counted = batch * kv_cache_of(model.config).total_bytes(context, model.dtype.itemsize)
-            found = self._settled(lambda: measure_prefill(model, self.part, context, batch, seed))
+            found = self._settled(partial(measure_prefill, *measured))
             return found | {"arithmetic_kv_bytes": counted}
         if cell.phase == "decode":
             steps = options.decode_tokens
             return decode(model, self.part, context, batch, steps=steps, seed=seed)
-        train = partial(measure_train, model, self.part, context, batch, seed)
-        return self._settled(lambda: train(checkpointing=options.gradient_checkpointing))
+        checkpointing = options.gradient_checkpointing
+        return self._settled(partial(measure_train, *measured, checkpointing=checkpointing))
 
     def _settled(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``measure`` gives; on a GPU, if that was quick, what it gives once more: at first it

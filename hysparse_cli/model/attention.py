@@ -66,7 +66,8 @@ class _SparseAttention:
         layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
         if not isinstance(layer, DynamicSlidingWindowLayer):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        _move_length(layer, hidden_states.device)
+        if not layer.is_initialized:
+            _move_length(layer, hidden_states.device)
         output = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         _release_prefill(layer)
         return output

@@ -119,10 +119,9 @@ def _selection_error(
     plain = best_plain.indices.masked_fill(best_plain.values == 0, -1)
     plain = torch.nn.functional.pad(plain, (0, chosen.shape[-1] - plain.shape[-1]), value=-1)
     best, ours, plains = (
-        _scores_of(idx, truth.block_scores) for idx in (truth.block_idx, chosen, plain)
+        scores_of(idx, truth.block_scores) for idx in (truth.block_idx, chosen, plain)
     )
-    best_there_is = best.clamp(min=torch.finfo(torch.float64).tiny)
-    kernel, eager = (float(((x - best) / best_there_is).abs().max()) for x in (ours, plains))
+    kernel, eager = shortfall(ours, best), shortfall(plains, best)
     floor = torch.finfo(inputs["q"].dtype).eps
     return Error("selected scores", kernel, eager, FACTOR * eager + floor)
 
@@ -140,7 +139,12 @@ def _plain_scores(q: Tensor, k: Tensor, seen: KeyRange, block_size: int) -> Tens
     return padded.reshape(*padded.shape[:-1], -1, block_size).amax(-1)
 
 
-def _scores_of(block_idx: Tensor, scores: Tensor) -> Tensor:
+def shortfall(found: Tensor, best: Tensor) -> float:
+    """The largest part by which ``found`` differs from ``best``, descending float64 scores."""
+    return float(((found - best) / best.clamp(min=torch.finfo(best.dtype).tiny)).abs().max())
+
+
+def scores_of(block_idx: Tensor, scores: Tensor) -> Tensor:
     """The scores of these blocks, descending; 0 for a pad or what is no block."""
     num_blocks = scores.shape[-1]
     found = scores.gather(-1, block_idx.long().clamp(0, num_blocks - 1))
