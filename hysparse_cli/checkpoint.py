@@ -5,7 +5,6 @@ holds names, shapes and places; no weight is read.
 """
 
 import fnmatch
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hysparse_cli.errors import UnreadableInput, UnsupportedModel
+from hysparse_cli.errors import UnreadableInput, UnsupportedModel, reads
+from hysparse_cli.reading import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -84,7 +84,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UnreadableInput(
             f"{folder} has no config.json: give the folder of a Hugging Face checkpoint"
         )
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UnreadableInput(f"{path} holds no JSON object")
     return config
@@ -155,7 +155,7 @@ def _index(folder: Path) -> dict[str, str]:
     index = folder / INDEX
     if not index.is_file():
         raise _no_weights(folder)
-    content = _read_json(index)
+    content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UnreadableInput(f"{index} has no weight_map: {_AGAIN}")
@@ -183,7 +183,8 @@ def _read_shard(path: Path) -> Shard:
     size, raw = _read_header(path)
     begin = _LENGTH_BYTES + len(raw)
     try:
-        header = {k: v for k, v in json.loads(raw).items() if k != "__metadata__"}
+        entries = parse_json(raw, f"{path} is corrupt: its header").items()
+        header = {name: entry for name, entry in entries if name != "__metadata__"}
         spans = {name: entry["data_offsets"] for name, entry in header.items()}
         tensors = [
             StoredTensor(
@@ -212,24 +213,12 @@ def _read_shard(path: Path) -> Shard:
 
 def _read_header(path: Path) -> tuple[int, bytes]:
     """The file's size and its JSON header."""
-    try:
+    with reads(path), path.open("rb") as file:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            if length > _MAX_HEADER_BYTES:
-                raise UnreadableInput(f"{path} is corrupt: a header of {length} bytes; {_AGAIN}")
-            raw = file.read(length)
-    except OSError as error:
-        raise UnreadableInput(f"can't read {path}: {error.strerror}") from None
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if length > _MAX_HEADER_BYTES:
+            raise UnreadableInput(f"{path} is corrupt: a header of {length} bytes; {_AGAIN}")
+        raw = file.read(length)
     if size < _LENGTH_BYTES + length or length == 0:
         raise UnreadableInput(f"{path} is truncated in its header: {size} bytes; {_AGAIN}")
     return size, raw
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnreadableInput(f"can't read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UnreadableInput(f"{path} is not valid JSON: {error}") from None

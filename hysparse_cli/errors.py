@@ -5,6 +5,15 @@ else that escapes is a bug: exit code 1. The message says what was wrong (with t
 (file, tensor, recipe field), and what to do.
 """
 
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+
 
 class HysparseError(Exception):
     """A user-facing error; the message is one line and complete."""
@@ -46,3 +55,52 @@ class Interrupted(HysparseError):
     """The user stopped the command, and there is more to say than that."""
 
     exit_code = 130
+
+
+@contextmanager
+def reads(what: object) -> Iterator[None]:
+    """Let the system's refusal to read ``what``, a path, be an UnreadableInput (or OutOfResources,
+    where memory or open files have run out)."""
+    try:
+        yield
+    except OSError as error:
+        raise from_system(error, what, writing=False) from error
+
+
+@contextmanager
+def writes(what: object) -> Iterator[None]:
+    """Let the system's refusal to write ``what``, a path, be an OutOfResources."""
+    try:
+        yield
+    except Exception as error:
+        refusal = system_error(error)
+        if refusal is None:
+            raise
+        raise from_system(refusal, what, writing=True) from error
+
+
+def from_system(error: OSError, what: object, *, writing: bool) -> HysparseError:
+    """The one place that says which exit code the system's refusal has.
+
+    Args:
+        what: the input or output. writing: whether it was being written.
+    """
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        return OutOfResources(f"disk full while writing {what}: {reason}; free some space")
+    named = error.filename if isinstance(error.filename, str) else None
+    other = f" ({named})" if named and named != str(what) else ""
+    if error.errno in _SHORT:
+        return OutOfResources(f"{what}: {reason}{other}; raise this limit (ulimit) or use less")
+    if writing:
+        return OutOfResources(f"can't write {what}: {reason}{other}")
+    return UnreadableInput(f"can't read {what}: {reason}{other}")
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """``error`` as an OSError where it is one, or a library's report of one, such as safetensors'
+    "I/O error: No space left on device (os error 28)"."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None

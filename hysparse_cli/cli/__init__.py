@@ -6,17 +6,25 @@ imported inside the commands, so that ``--help`` answers at once.
 """
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, NoReturn
 
 import typer
 
 from hysparse_cli import processes
 from hysparse_cli.cli import bench, convert, evaluate, finetune, generate, inspect_topk
-from hysparse_cli.cli.shared import AlreadySaid
-from hysparse_cli.errors import HysparseError, OutOfResources
+from hysparse_cli.cli.shared import AlreadySaid, say
+from hysparse_cli.errors import HysparseError, OutOfResources, UnreadableInput, from_system
+from hysparse_cli.printable import printable, single_line
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+LONGEST_MESSAGE = 4000  # a recipe's errors are reported all at once
+# what libraries say where a limit of the machine or of the shell (ulimit) is reached
+_LIMITS = ("can't start new thread", "failed to map segment", "cannot allocate memory")
 
 app = typer.Typer(
     name="hysparse",
@@ -44,29 +52,86 @@ def root(
 
 def main() -> None:
     """Run the command line: one line and an exit code for whatever goes wrong."""
+    _prepare_streams()
+    with _terminable() as signals:
+        try:
+            _check_directory()
+            app()
+        except HysparseError as error:
+            code = TERMINATED if signals and error.exit_code == INTERRUPTED else error.exit_code
+            _fail(str(error), code)
+        except KeyboardInterrupt:
+            _interrupted(signals)
+        except MemoryError:
+            _fail("out of memory", OutOfResources.exit_code)
+        except OSError as error:
+            refusal = from_system(error, error.filename or "a file", writing=False)
+            _fail(str(refusal), refusal.exit_code)
+        except (RuntimeError, ImportError) as error:
+            if not any(words in str(error).lower() for words in _LIMITS):
+                raise
+            _fail(f"a limit of this machine or shell: {error}", OutOfResources.exit_code)
+        except SystemExit as stop:
+            # typer turns an interrupt inside a command into this exit, without a word
+            if stop.code == INTERRUPTED and not isinstance(stop, AlreadySaid):
+                _interrupted(signals)
+            raise
+        finally:  # typer has set a hook of its own
+            if "--debug" not in sys.argv:
+                sys.excepthook = _report_bug
+
+
+def _prepare_streams() -> None:
+    """Let nothing that is printed fail for its letters, and no file take a closed stream's place,
+    into which a library would then write its messages."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """Let SIGTERM, as Slurm and Docker send it, be an interrupt; yields the signals received."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        app()
-    except HysparseError as error:
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing half written is left", INTERRUPTED)
-    except MemoryError:
-        _fail("out of memory", OutOfResources.exit_code)
-    except SystemExit as stop:
-        # typer turns an interrupt inside a command into this exit, without a word
-        if stop.code == INTERRUPTED and not isinstance(stop, AlreadySaid):
-            _fail("interrupted; nothing half written is left", INTERRUPTED)
-        raise
-    finally:  # typer has set a hook of its own
-        if "--debug" not in sys.argv:
-            sys.excepthook = _report_bug
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UnreadableInput(
+            "the working directory is no longer there: change to another"
+        ) from None
+
+
+def _interrupted(signals: list[int]) -> NoReturn:
+    _fail("interrupted; nothing half written is left", TERMINATED if signals else INTERRUPTED)
 
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: object) -> None:
     """What Python calls, before it exits with 1, for whatever ``main`` does not expect."""
     if processes.fails_first(exit_code=1):
-        what = " ".join(f"{kind.__name__}: {error}".split())
-        sys.stderr.write(f"hysparse: bug, please report it (traceback with --debug): {what}\n")
+        what = single_line(f"{kind.__name__}: {error}")
+        say(f"bug, please report it (traceback with --debug): {what}")
     _leave(1)
 
 
@@ -76,7 +141,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
             import traceback
 
             traceback.print_exc()
-        sys.stderr.write(f"hysparse: {message}\n")
+        say(printable(message, LONGEST_MESSAGE))
     _leave(exit_code)
     sys.exit(exit_code)
 

@@ -1,12 +1,20 @@
 """``hysparse bench``: of a model beside its peers, or of the kernels alone."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hysparse_cli.cli.shared import AsJson, Assignments, Device, Dtype, RecipeFile, not_for, show
+from hysparse_cli.cli.shared import (
+    AsJson,
+    Assignments,
+    Device,
+    Dtype,
+    RecipeFile,
+    not_for,
+    show,
+    write,
+)
 from hysparse_cli.errors import InvalidRecipe, QualityGateFailed
 from hysparse_cli.progress import stages
 
@@ -121,7 +129,7 @@ def bench(
     with stages() as advance:
         result = run.bench(checkpoint, options, advance, output)
     if format_ in ("csv", "md"):
-        sys.stdout.write(result.as_csv() if format_ == "csv" else result.markdown())
+        write(result.as_csv() if format_ == "csv" else result.markdown())
     else:
         show(result, as_json=format_ == "json")
     _fail(result.failures())
@@ -145,7 +153,7 @@ def _kernels(flags: dict[str, Any], format_: str) -> None:
     with stages() as advance:
         found = bench_kernels(options, advance, keep)
     if format_ == "md":
-        sys.stdout.write(found.markdown())
+        write(found.markdown())
     else:
         show(found, as_json=format_ == "json")
     _fail(found.failures())

@@ -12,8 +12,11 @@ from hysparse_cli.cli.shared import (
     Device,
     Dtype,
     RecipeFile,
+    say,
     show,
+    write,
 )
+from hysparse_cli.printable import cells
 
 
 def generate(
@@ -40,13 +43,14 @@ def generate(
         options = options.model_copy(update={"prompt": sys.stdin.read()})
     from hysparse_cli import generate as generation
 
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    result = generation.generate(checkpoint, options, (lambda text: None) if as_json else write)
+    shown = _on_a_terminal if sys.stdout.isatty() else write
+    result = generation.generate(checkpoint, options, (lambda text: None) if as_json else shown)
     if as_json:
         show(result, as_json)
         return
     write("\n")
-    sys.stderr.write(f"hysparse: {result.summary()}\n")
+    say(result.summary())
+
+
+def _on_a_terminal(text: str) -> None:
+    write("".join(c if c in "\n\t" else cells(c) for c in text))  # a model may write escape codes

@@ -1,14 +1,18 @@
 """What the commands share: option types, and the ways to print a result or to refuse a flag."""
 
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.errors import InvalidRecipe, from_system
+from hysparse_cli.printable import cells, printable
 
 Checkpoint = Annotated[str, typer.Argument(help="A folder or hub id, dense or converted.")]
 Out = Annotated[Path, typer.Argument(help="The folder to write.")]
@@ -25,22 +29,55 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to s
 
 
 class AlreadySaid(SystemExit):
-    """An exit for which one of the processes of the run has given the reason."""
+    """An exit for which the reason was given, or needs no word."""
 
 
 def show(result: Any, as_json: bool) -> None:
     """Print a result: its ``as_json()`` object, or its ``table()`` for people."""
     if as_json:
-        sys.stdout.write(json.dumps(result.as_json(), indent=2) + "\n")
+        write(json.dumps(result.as_json(), indent=2) + "\n")
         return
     from rich.console import Console
+    from rich.segment import Segment, Segments
 
-    Console(markup=False, emoji=False).print(result.table())  # names and errors are no markup
+    console = Console(markup=False, emoji=False)  # names and errors are no markup
+    segments = console.render(result.table())
+    drawn = [Segment(cells(text), style, control) for text, style, control in segments]
+    with _to_stdout():
+        console.print(Segments(drawn))
+
+
+def write(text: str) -> None:
+    """Print to stdout at once.
+
+    Raises: OutOfResources where it can't be written; AlreadySaid where nobody reads it.
+    """
+    with _to_stdout():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def say(message: str) -> None:
+    """Print a line to stderr, if it can be."""
+    with suppress(OSError):
+        sys.stderr.write(f"hysparse: {message}\n")
 
 
 def warn(messages: Sequence[str]) -> None:
     for message in messages:
-        sys.stderr.write(f"hysparse: warning: {message}\n")
+        say(f"warning: {printable(message)}")
+
+
+@contextmanager
+def _to_stdout() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # what is still buffered must not fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise AlreadySaid(128 + signal.SIGPIPE) from None
+        raise from_system(error, "stdout", writing=True) from error
 
 
 def not_for(command: str, flags: dict[str, Any], *names: str) -> None:

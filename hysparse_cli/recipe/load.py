@@ -8,7 +8,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.printable import printable
+from hysparse_cli.reading import parse_yaml, read_yaml
 from hysparse_cli.recipe.bench import BenchOptions, KernelBenchOptions
 from hysparse_cli.recipe.convert import ConvertOptions
 from hysparse_cli.recipe.evaluate import EvalOptions
@@ -138,15 +140,7 @@ def to_yaml(section: Section) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnreadableInput(
-            f"recipe {path}: {error.strerror}; give the path of a YAML file"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise InvalidRecipe(f"recipe {path} is not valid YAML: {where}") from None
+    data = read_yaml(path, "recipe")
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -164,10 +158,7 @@ def _assign(data: dict[str, Any], assignment: str) -> None:
         raise InvalidRecipe(
             f"--set {assignment!r} is not section.field=value, such as convert.block_size=32"
         )
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InvalidRecipe(f"--set {assignment!r}: the value is not valid YAML") from None
+    parsed = parse_yaml(value, f"the value of --set {assignment!r}")
     target = data.setdefault(section, {})
     if isinstance(target, dict):
         target[field] = parsed
@@ -181,7 +172,7 @@ def _all_errors(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             message = f"unknown field; known: {', '.join(_known_fields(item['loc'][:-1]))}"
         elif isinstance(item["input"], (str, int, float, bool, list)):
-            message = f"{message} (got {item['input']!r})"
+            message = f"{message} (got {printable(repr(item['input']))})"
         parts.append(f"{where}: {message}")
     return "; ".join(parts)
 
