@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SANITIZER := compute-sanitizer --error-exitcode 1
 
-.PHONY: demo test test-gpu sanitize lint bench clean
+.PHONY: demo test test-long test-gpu sanitize lint bench clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -18,7 +18,10 @@ demo: $(READY) ## the main job on the model in examples/demo-model
 	$(BIN)/python examples/02_demo.py
 
 test: $(READY) ## every test that needs no GPU, without one; kernels run in Triton's interpreter
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not long" --numprocesses auto --maxprocesses 4
+
+test-long: $(READY) ## malformed checkpoints, code traps, kills and random calls by the hundred: about an hour
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses 2 -s
 
 test-gpu: $(READY) ## the tests that need a CUDA device; kernels compile in many processes
 	$(BIN)/python -m pytest -m gpu --numprocesses auto --maxprocesses 12
