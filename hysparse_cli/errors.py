@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hysparse_cli.printable import printable
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 
@@ -61,22 +63,15 @@ class Interrupted(HysparseError):
 def reads(what: object) -> Iterator[None]:
     """Let the system's refusal to read ``what``, a path, be an UnreadableInput (or OutOfResources,
     where memory or open files have run out)."""
-    try:
+    with _refused(what, writing=False):
         yield
-    except OSError as error:
-        raise from_system(error, what, writing=False) from error
 
 
 @contextmanager
 def writes(what: object) -> Iterator[None]:
     """Let the system's refusal to write ``what``, a path, be an OutOfResources."""
-    try:
+    with _refused(what, writing=True):
         yield
-    except Exception as error:
-        refusal = system_error(error)
-        if refusal is None:
-            raise
-        raise from_system(refusal, what, writing=True) from error
 
 
 def from_system(error: OSError, what: object, *, writing: bool) -> HysparseError:
@@ -85,11 +80,11 @@ def from_system(error: OSError, what: object, *, writing: bool) -> HysparseError
     Args:
         what: the input or output. writing: whether it was being written.
     """
-    reason = error.strerror or str(error)
+    what, reason = printable(what), error.strerror or str(error)
     if error.errno in _FULL:
         return OutOfResources(f"disk full while writing {what}: {reason}; free some space")
-    named = error.filename if isinstance(error.filename, str) else None
-    other = f" ({named})" if named and named != str(what) else ""
+    named = printable(error.filename or "")
+    other = f" ({named})" if named and named != what else ""
     if error.errno in _SHORT:
         return OutOfResources(f"{what}: {reason}{other}; raise this limit (ulimit) or use less")
     if writing:
@@ -98,9 +93,23 @@ def from_system(error: OSError, what: object, *, writing: bool) -> HysparseError
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """``error`` as an OSError where it is one, or a library's report of one, such as safetensors'
-    "I/O error: No space left on device (os error 28)"."""
+    """``error`` as an OSError where it is one, or says what one would: safetensors' "I/O error: No
+    space left on device (os error 28)", Python 3.11's "Symlink loop from ..."."""
     if isinstance(error, OSError):
         return error
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+    number = int(found[1]) if found else errno.ELOOP if "Symlink loop" in str(error) else None
+    return None if number is None else OSError(number, os.strerror(number))
+
+
+@contextmanager
+def _refused(what: object, *, writing: bool) -> Iterator[None]:
+    try:
+        yield
+    except HysparseError:
+        raise
+    except Exception as error:
+        refusal = system_error(error)
+        if refusal is None:
+            raise
+        raise from_system(refusal, what, writing=writing) from error

@@ -6,6 +6,7 @@ imported inside the commands, so that ``--help`` answers at once.
 """
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -18,13 +19,24 @@ import typer
 from hysparse_cli import processes
 from hysparse_cli.cli import bench, convert, evaluate, finetune, generate, inspect_topk
 from hysparse_cli.cli.shared import AlreadySaid, say
-from hysparse_cli.errors import HysparseError, OutOfResources, UnreadableInput, from_system
+from hysparse_cli.errors import (
+    HysparseError,
+    OutOfResources,
+    UnreadableInput,
+    from_system,
+    system_error,
+)
 from hysparse_cli.printable import printable, single_line
 
 INTERRUPTED, TERMINATED = 130, 143
 LONGEST_MESSAGE = 4000  # a recipe's errors are reported all at once
 # what libraries say where a limit of the machine or of the shell (ulimit) is reached
 _LIMITS = ("can't start new thread", "failed to map segment", "cannot allocate memory")
+# address space and open files
+_LEAST = (
+    (resource.RLIMIT_AS, 2_000_000_000, "address space (ulimit -v)"),
+    (resource.RLIMIT_NOFILE, 64, "open files (ulimit -n)"),
+)
 
 app = typer.Typer(
     name="hysparse",
@@ -55,7 +67,7 @@ def main() -> None:
     _prepare_streams()
     with _terminable() as signals:
         try:
-            _check_directory()
+            _check_machine()
             app()
         except HysparseError as error:
             code = TERMINATED if signals and error.exit_code == INTERRUPTED else error.exit_code
@@ -64,13 +76,11 @@ def main() -> None:
             _interrupted(signals)
         except MemoryError:
             _fail("out of memory", OutOfResources.exit_code)
-        except OSError as error:
-            refusal = from_system(error, error.filename or "a file", writing=False)
-            _fail(str(refusal), refusal.exit_code)
-        except (RuntimeError, ImportError) as error:
-            if not any(words in str(error).lower() for words in _LIMITS):
+        except (OSError, RuntimeError, ImportError) as error:
+            refusal = _refusal(error)
+            if refusal is None:
                 raise
-            _fail(f"a limit of this machine or shell: {error}", OutOfResources.exit_code)
+            _fail(str(refusal), refusal.exit_code)
         except SystemExit as stop:
             # typer turns an interrupt inside a command into this exit, without a word
             if stop.code == INTERRUPTED and not isinstance(stop, AlreadySaid):
@@ -88,11 +98,11 @@ def _prepare_streams() -> None:
         pass
     os.close(descriptor)
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    for name in ("stdout", "stderr"):
+    for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         if hasattr(stream := getattr(sys, name), "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=errors)
 
 
 @contextmanager
@@ -102,6 +112,7 @@ def _terminable() -> Iterator[list[int]]:
 
     def interrupt(number: int, frame: object) -> None:
         received.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
@@ -114,13 +125,30 @@ def _terminable() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_directory() -> None:
+def _check_machine() -> None:
+    """Refuse what libraries answer with anything from a crash to a loop without end."""
     try:
         os.getcwd()
     except FileNotFoundError:
         raise UnreadableInput(
             "the working directory is no longer there: change to another"
         ) from None
+    for limit, least, what in _LEAST:
+        allowed = resource.getrlimit(limit)[0]
+        if allowed != resource.RLIM_INFINITY and allowed < least:
+            raise OutOfResources(
+                f"this shell limits {what} to {allowed:,}: hysparse needs {least:,} or more"
+            )
+
+
+def _refusal(error: Exception) -> HysparseError | None:
+    """What ``error`` says where it is the system's, not ours."""
+    if any(words in str(error).lower() for words in _LIMITS):
+        return OutOfResources(f"a limit of this machine or shell: {error}")
+    refused = system_error(error)
+    if refused is None:
+        return None
+    return from_system(refused, refused.filename or "a file", writing=False)
 
 
 def _interrupted(signals: list[int]) -> NoReturn:

@@ -4,8 +4,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,8 +43,9 @@ def show(result: Any, as_json: bool) -> None:
     console = Console(markup=False, emoji=False)  # names and errors are no markup
     segments = console.render(result.table())
     drawn = [Segment(cells(text), style, control) for text, style, control in segments]
-    with _to_stdout():
+    with console.capture() as capture:
         console.print(Segments(drawn))
+    write(capture.get())
 
 
 def write(text: str) -> None:
@@ -52,9 +53,15 @@ def write(text: str) -> None:
 
     Raises: OutOfResources where it can't be written; AlreadySaid where nobody reads it.
     """
-    with _to_stdout():
+    try:
         sys.stdout.write(text)
         sys.stdout.flush()
+    except OSError as error:
+        # what is still buffered must not fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise AlreadySaid(128 + signal.SIGPIPE) from None
+        raise from_system(error, "stdout", writing=True) from error
 
 
 def say(message: str) -> None:
@@ -66,18 +73,6 @@ def say(message: str) -> None:
 def warn(messages: Sequence[str]) -> None:
     for message in messages:
         say(f"warning: {printable(message)}")
-
-
-@contextmanager
-def _to_stdout() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        # what is still buffered must not fail once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise AlreadySaid(128 + signal.SIGPIPE) from None
-        raise from_system(error, "stdout", writing=True) from error
 
 
 def not_for(command: str, flags: dict[str, Any], *names: str) -> None:

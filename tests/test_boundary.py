@@ -1,0 +1,155 @@
+"""What surrounds the command: streams, limits, letters and folders that are not as they should."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hysparse_cli.cli.shared import show
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+from hysparse_cli.printable import cells, printable
+from hysparse_cli.reading import parse_json, parse_yaml, read_json
+from tests.conftest import Hysparse
+
+COMMAND = [sys.executable, "-c", "from hysparse_cli.cli import main; main()"]
+HOSTILE = "\x1b[31mred\x07\n\u202etxt.exe\u2028\ud800" + "x" * 100_000
+DIALECT = re.compile(r"\.(?:read_text|write_text|open)\((?![^)\n]*(?:encoding=|b\"))[^)\n]*\)")
+
+
+def run(*args: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+    given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run([*COMMAND, *map(str, args)], text=True, check=False, **given)
+
+
+def shell(line: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """``line`` with $HYSPARSE as the command."""
+    words = f"{sys.executable} -c 'from hysparse_cli.cli import main; main()'"
+    return subprocess.run(
+        ["bash", "-c", line.replace("$HYSPARSE", words)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def limited(limit: int, value: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+
+
+def test_a_full_stdout_is_exit_5_and_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        for args in (("--help",), ("convert", "--help")):
+            ended = run(*args, stdout=full)
+            assert ended.returncode == 5 and "No space left on device" in ended.stderr
+            assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_full_stderr_changes_no_exit_code() -> None:
+    with open("/dev/full", "w") as full:
+        assert run("convert", "./absent", "out", stderr=full).returncode == 7
+
+
+def test_a_reader_that_leaves_is_no_error(tiny_original: Path, tmp_path: Path) -> None:
+    ended = shell(
+        f"$HYSPARSE convert {tiny_original} {tmp_path}/out --dry-run | true; echo ${{PIPESTATUS[0]}}"
+    )
+    assert ended.stdout == f"{128 + signal.SIGPIPE}\n" and ended.stderr == ""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing_that_is_written(
+    tiny_original: Path, tmp_path: Path, closed: str
+) -> None:
+    assert shell(f"$HYSPARSE convert {tiny_original} {tmp_path}/out {closed}").returncode == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_an_ascii_locale_prints_tables_and_names(tiny_original: Path, tmp_path: Path) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = shell(f"$HYSPARSE convert {tiny_original} {tmp_path}/größe", **plain)
+    assert (ended.returncode, ended.stderr) == (0, "") and "full, serves 1-2" in ended.stdout
+    assert (tmp_path / "größe" / "README.md").is_file()
+
+
+def test_a_working_directory_that_was_removed_is_exit_7(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    ended = shell(f"mkdir {gone}; cd {gone}; rmdir {gone}; $HYSPARSE generate model")
+    assert ended.returncode == 7 and "working directory is no longer there" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"), [(resource.RLIMIT_AS, 600_000_000), (resource.RLIMIT_NOFILE, 12)]
+)
+def test_limits_that_no_library_stands_are_exit_5(limit: int, value: int) -> None:
+    ended = run("generate", "model", preexec_fn=limited(limit, value))
+    assert ended.returncode == 5 and f"{value:,}" in ended.stderr
+
+
+def test_names_too_long_for_the_system_are_cut_in_the_message(hysparse: Hysparse) -> None:
+    long = "n" * 5000
+    assert hysparse("convert", long, "out").exit_code == 7
+    for args in (("convert", long, "out"), ("eval", "./a", "--recipe", long)):
+        ended = hysparse(*args)
+        assert ended.exit_code == 7 and len(ended.stderr) < 1000, ended.stderr
+
+
+def test_a_symlink_that_leads_to_itself_is_exit_7(hysparse: Hysparse, tmp_path: Path) -> None:
+    (loop := tmp_path / "loop").symlink_to(loop)
+    assert hysparse("convert", loop, tmp_path / "out").exit_code == 7
+    assert hysparse("eval", tmp_path, "--recipe", loop).exit_code == 7
+
+
+def test_sigterm_is_exit_143_and_a_second_one_ends_at_once() -> None:
+    program = (
+        "import os, signal\nfrom hysparse_cli import cli, source\n"
+        "def stop(*args, **options):\n    os.kill(os.getpid(), signal.SIGTERM)\n    while True: pass\n"
+        "source.locate = stop\nimport sys\nsys.argv = ['hysparse', 'convert', 'a', 'b']\ncli.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 143
+    assert ended.stderr == "hysparse: interrupted; nothing half written is left\n"
+
+
+def test_what_a_file_holds_reaches_no_terminal_raw(capsys: pytest.CaptureFixture[str]) -> None:
+    class Result:
+        def table(self) -> Any:
+            from rich.table import Table
+
+            table = Table("name", title=HOSTILE[:30])
+            table.add_row(HOSTILE[:30])
+            return table
+
+    shown = printable(HOSTILE)
+    assert shown.isprintable() and len(shown) < 400 and shown.startswith("\\x1b[31mred\\x07\\n")
+    assert cells("a\x1bb\nc") == "a\N{REPLACEMENT CHARACTER}b\nc"
+    show(Result(), as_json=False)
+    drawn = capsys.readouterr().out
+    assert "red" in drawn and drawn.replace("\n", "").isprintable()
+
+
+def test_json_and_yaml_have_limits(tmp_path: Path) -> None:
+    for raw in ("[" * 100_000, '{"a": ' * 100_000, "1" * 5000, "{", b"\xff\xfe"):
+        with pytest.raises(UnreadableInput, match="file"):
+            parse_json(raw, "file")
+    assert parse_json(b'\xef\xbb\xbf{"a": 1}', "file") == {"a": 1}
+    (tmp_path / "large.json").write_bytes(b" " * ((64 << 20) + 1))
+    with pytest.raises(UnreadableInput, match="larger than"):
+        read_json(tmp_path / "large.json")
+    bomb = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]"
+    for raw in (bomb, "[" * 100_000, "a: " + "1" * 5000, "!!python/object/apply:os.system [id]"):
+        with pytest.raises(InvalidRecipe, match="recipe"):
+            parse_yaml(raw, "recipe")
+
+
+def test_text_files_are_opened_in_utf_8() -> None:
+    package = Path(__file__).parent.parent / "hysparse_cli"
+    found = [(p.name, hit) for p in package.rglob("*.py") for hit in DIALECT.findall(p.read_text())]
+    assert [hit for hit in found if "open(" not in hit[1] or '"' in hit[1]] == []
