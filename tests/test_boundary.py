@@ -58,9 +58,8 @@ def test_a_full_stderr_changes_no_exit_code() -> None:
 
 
 def test_a_reader_that_leaves_is_no_error(tiny_original: Path, tmp_path: Path) -> None:
-    ended = shell(
-        f"$HYSPARSE convert {tiny_original} {tmp_path}/out --dry-run | true; echo ${{PIPESTATUS[0]}}"
-    )
+    line = f"$HYSPARSE convert {tiny_original} {tmp_path}/out --dry-run | true"
+    ended = shell(f"{line}; echo ${{PIPESTATUS[0]}}")
     assert ended.stdout == f"{128 + signal.SIGPIPE}\n" and ended.stderr == ""
 
 
@@ -110,8 +109,9 @@ def test_a_symlink_that_leads_to_itself_is_exit_7(hysparse: Hysparse, tmp_path: 
 def test_sigterm_is_exit_143_and_a_second_one_ends_at_once() -> None:
     program = (
         "import os, signal\nfrom hysparse_cli import cli, source\n"
-        "def stop(*args, **options):\n    os.kill(os.getpid(), signal.SIGTERM)\n    while True: pass\n"
-        "source.locate = stop\nimport sys\nsys.argv = ['hysparse', 'convert', 'a', 'b']\ncli.main()"
+        "def stop(*args, **options):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    while True: pass\nsource.locate = stop\nimport sys\n"
+        "sys.argv = ['hysparse', 'convert', 'a', 'b']\ncli.main()"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 143
