@@ -66,7 +66,7 @@ def read_table(path: Path) -> Metadata:
     if len(raw) > MOST_BYTES:
         raise UnreadableInput(f"{path} is larger than the {MOST_BYTES:,} bytes it may have")
     try:
-        table = _Unpickler(io.BytesIO(raw), str(path)).load()
+        table: Metadata = _Unpickler(io.BytesIO(raw), str(path)).load()
         if not _is_table(table):
             raise ValueError("it holds no table of tensors")
     except UnreadableInput:
