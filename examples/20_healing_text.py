@@ -27,7 +27,7 @@ SEED = 777  # eval's contexts have seed 0: other keys, other values
 
 def prepare(model: str, novels: str) -> None:
     global tokenizer, texts
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     texts = list(read_documents(Path(novels)))
 
 

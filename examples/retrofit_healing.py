@@ -102,7 +102,7 @@ def judge(checkpoints: list[str], held_out: str) -> list[dict[str, Any]]:
     options = EvalOptions(data=held_out, batch_size=8, retrieval_tokens=LENGTHS, **MEASURES)
     found = []
     for row in evaluate(checkpoints, options).as_json()["checkpoints"]:
-        config = AutoConfig.from_pretrained(row["checkpoint"])
+        config = AutoConfig.from_pretrained(row["checkpoint"], trust_remote_code=False)
         cells = [[cell["form"], cell["tokens"], cell["accuracy"]] for cell in row["retrieval"]]
         found.append(
             {

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from hysparse_cli.chat import render_chat
 from hysparse_cli.devices import out_of_memory_is
-from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.kv_cache import held_kv_bytes
 from hysparse_cli.loading import Loaded, load
+from hysparse_cli.printable import single_line
 from hysparse_cli.recipe import GenerateOptions
 
 OnText = Callable[[str], None]
@@ -66,7 +68,12 @@ def generate(checkpoint: str, options: GenerateOptions, on_text: OnText) -> Gene
     Raises: InvalidRecipe where the prompt is empty or too long, or there is no chat template;
         OutOfResources; what ``load`` raises.
     """
-    loaded = load(checkpoint, dtype=options.dtype, device=options.device)
+    loaded = load(
+        checkpoint,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
     tokens = _encode(loaded, checkpoint, options)
     prompt_tokens = tokens["input_ids"].shape[1]
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
@@ -82,14 +89,21 @@ def generate(checkpoint: str, options: GenerateOptions, on_text: OnText) -> Gene
         f"out of memory with {prompt_tokens} prompt tokens: shorten the prompt, use fewer beams or "
         "dtype bfloat16"
     ):
-        output = loaded.model.generate(
-            **{name: tensor.to(loaded.model.device) for name, tensor in tokens.items()},
-            max_new_tokens=options.max_new_tokens,
-            num_beams=options.num_beams,
-            return_dict_in_generate=True,
-            streamer=_Streamer(loaded.tokenizer, on_text) if streams else None,
-            **_sampling(options),
-        )
+        try:
+            output = loaded.model.generate(
+                **{name: tensor.to(loaded.model.device) for name, tensor in tokens.items()},
+                max_new_tokens=options.max_new_tokens,
+                num_beams=options.num_beams,
+                return_dict_in_generate=True,
+                streamer=_Streamer(loaded.tokenizer, on_text) if streams else None,
+                trust_remote_code=False,  # or a way of decoding may be fetched from the hub
+                **_sampling(options),
+            )
+        except ValueError as error:
+            raise UnreadableInput(
+                f"{checkpoint} can't generate as its generation_config.json says: "
+                f"{single_line(error)}"
+            ) from error
     seconds = time.perf_counter() - begun
     new = output.sequences[0, prompt_tokens:]
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)
@@ -115,18 +129,24 @@ def _encode(loaded: Loaded, checkpoint: str, options: GenerateOptions) -> dict[s
         raise InvalidRecipe(_NO_PROMPT)
     if not options.chat:
         tokens = loaded.tokenizer(options.prompt, return_tensors="pt")
-    elif loaded.tokenizer.chat_template is None:
-        raise InvalidRecipe(f"{checkpoint} has no chat template: leave --chat out")
     else:
-        tokens = loaded.tokenizer.apply_chat_template(
-            [{"role": "user", "content": options.prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
+        text = _in_template(loaded.tokenizer, options.prompt, checkpoint)
+        tokens = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt")
     if tokens["input_ids"].shape[1] == 0:
         raise InvalidRecipe(_NO_PROMPT)
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+def _in_template(tokenizer: Any, prompt: str, checkpoint: str) -> str:
+    if tokenizer.chat_template is None:
+        raise InvalidRecipe(f"{checkpoint} has no chat template: leave --chat out")
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several, and none is the default
+        raise UnreadableInput(f"{checkpoint}: {single_line(error)}") from None
+    variables = {"add_generation_prompt": True, **tokenizer.special_tokens_map}
+    conversation = [{"role": "user", "content": prompt}]
+    return next(render_chat(template, [conversation], variables, checkpoint))
 
 
 def _sampling(options: GenerateOptions) -> dict[str, Any]:

@@ -1,18 +1,25 @@
 """Loading a checkpoint, dense or converted, to run it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.devices import out_of_memory_is
-from hysparse_cli.errors import OutOfResources, UnreadableInput, UnsupportedModel
-from hysparse_cli.model.config import spec_of
+from hysparse_cli.errors import HysparseError, OutOfResources, UnreadableInput, UnsupportedModel
+from hysparse_cli.families import FAMILIES
+from hysparse_cli.foreign import brings_code, check_code
+from hysparse_cli.model.config import MODEL_TYPE, spec_of
+from hysparse_cli.printable import single_line
 from hysparse_cli.source import locate
+
+ADAPTER = "adapter_config.json"
 
 
 class Loaded(NamedTuple):
@@ -23,33 +30,49 @@ class Loaded(NamedTuple):
     folder: Path
 
 
-def load(checkpoint: str, *, dtype: str = "auto", device: str = "auto") -> Loaded:
+def load(
+    checkpoint: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Loaded:
     """Load a folder or hub id; every header is checked first.
 
     Args:
         dtype: "auto" is the checkpoint's own.
         device: "auto" is the first CUDA device, or the CPU.
-    Raises: UnreadableInput where the checkpoint is missing, corrupt or incomplete; UnsupportedModel
-        where transformers or this version can't load it; OutOfResources where there is no such
-        device or not enough memory.
+        trust_remote_code: run Python code that it brings: its tokenizer's, and its model's where
+            the family is none of families.py, whose models are always transformers' own.
+    Raises: UnreadableInput where the checkpoint is missing, corrupt or incomplete, or brings code
+        that is not trusted; UnsupportedModel where transformers or this version can't load it;
+        OutOfResources where there is no such device or not enough memory.
     """
     target = resolve_device(device)
-    folder = locate(checkpoint).folder
-    config = open_checkpoint(folder).config
-    tokenizer = load_tokenizer(folder)
+    folder = locate(checkpoint, trust_remote_code=trust_remote_code).folder
+    content = open_checkpoint(folder).config
+    if (folder / ADAPTER).exists():
+        raise UnreadableInput(
+            f"{folder / ADAPTER}: the checkpoint holds an adapter, which would be loaded with it: "
+            "merge it (peft's merge_and_unload), or remove its files"
+        )
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    trusted = trust_remote_code and content.get("model_type") not in (*FAMILIES, MODEL_TYPE)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto: Any = AutoModelForCausalLM
-    try:
-        spec_of(config)
+    with _refuses(checkpoint):
+        spec_of(content)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        config._attn_implementation = config._experts_implementation = None  # see without_kernels
         with out_of_memory_is(
             f"{checkpoint} does not fit on {target}: load it in bfloat16 (dtype), or on another "
             "device"
         ):
-            model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            model, info = auto.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=trusted,
+            )
             model.to(target)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UnsupportedModel(f"{checkpoint} can't be loaded: {reason}") from None
     if missing := sorted(info["missing_keys"]):
         raise UnreadableInput(
             f"{checkpoint} lacks {missing[0]} ({len(missing)} tensors in all): download or save it "
@@ -58,10 +81,34 @@ def load(checkpoint: str, *, dtype: str = "auto", device: str = "auto") -> Loade
     return Loaded(model.eval(), tokenizer, folder)
 
 
-def load_to_measure(folder: Path, *, dtype: str = "auto", device: str = "auto") -> Loaded:
+@contextmanager
+def _refuses(checkpoint: str) -> Iterator[None]:
+    """What transformers raises on a checkpoint that it can't load is the checkpoint's fault."""
+    try:
+        yield
+    except (HysparseError, MemoryError):
+        raise
+    except Exception as error:
+        reason = single_line(error)
+        if "trust_remote_code" in reason:
+            raise brings_code(checkpoint) from None
+        if isinstance(error, ValueError):
+            raise UnsupportedModel(f"{checkpoint} can't be loaded: {reason}") from error
+        kind = type(error).__name__
+        raise UnreadableInput(f"{checkpoint} can't be loaded: {kind}: {reason}") from error
+
+
+def load_to_measure(
+    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> Loaded:
     """As ``load``, but in float32 on a CPU, which is slow in the other dtypes."""
     on_cpu = resolve_device(device).type == "cpu"
-    return load(str(folder), dtype="float32" if on_cpu else dtype, device=device)
+    return load(
+        str(folder),
+        dtype="float32" if on_cpu else dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def short_names(checkpoints: Sequence[str]) -> list[str]:
@@ -70,16 +117,27 @@ def short_names(checkpoints: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) and all(names) else list(checkpoints)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder.
 
-    Raises: UnreadableInput where it has none that transformers can read.
+    Raises: UnreadableInput where it has none that transformers can read, or one with code of its
+        own that is not trusted.
     """
+    check_code(folder, trust_remote_code=trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UnreadableInput(f"{folder} has no tokenizer that can be read: {reason}") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except MemoryError:
+        raise
+    except Exception as error:  # of many kinds where a file is not what it should be
+        reason = single_line(error)
+        if "trust_remote_code" in reason:
+            raise brings_code(f"the tokenizer of {folder}") from None
+        reason = f"{type(error).__name__}: {reason}"
+        raise UnreadableInput(f"{folder} has no tokenizer that can be read: {reason}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        kind = type(tokenizer).__name__
+        raise UnreadableInput(f"{folder}: its tokenizer_class is {kind}, which is no tokenizer")
+    return tokenizer
 
 
 def resolve_device(device: str) -> torch.device:

@@ -6,6 +6,7 @@ says why.
 """
 
 import os
+import sys
 from pathlib import Path
 
 _CLAIM = "hysparse-exit-code"
@@ -49,3 +50,18 @@ def claimed_exit_code(folder: Path) -> int | None:
     """The exit code that the first process to fail left below ``folder``, if one did."""
     claims = [path.read_text() for path in folder.rglob(_CLAIM)]
     return int(claims[0]) if claims and claims[0] else None
+
+
+def keep_working_directory_out() -> None:
+    """Let no Python process that this one starts import modules of the working directory, where a
+    ``random.py`` may lie. What PYTHONPATH names is found as before."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def running(module: str) -> list[str]:
+    """The arguments for Python that run ``module`` and import from where this process does."""
+    code = (
+        f"import sys; sys.path[:] = {[str(place) for place in sys.path]!r}; import runpy; "
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return ["-P", "-c", code]

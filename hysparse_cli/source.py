@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hysparse_cli.checkpoint import CODE_FILES, SIDE_FILES
 from hysparse_cli.errors import OutOfResources, UnreadableInput
+from hysparse_cli.foreign import check_code
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -20,24 +21,32 @@ class Source:
 
 
 def locate(
-    model: str, *, revision: str | None = None, with_code: bool = False, weights: bool = True
+    model: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Source:
     """The folder ``model``, or what the hub holds under that id, downloaded into the hub's cache.
 
     Args:
         model: a folder or a hub id such as ``Qwen/Qwen3-0.6B``.
         revision: the branch, tag or commit of a hub id.
-        with_code: download Python files too.
+        trust_remote_code: accept Python code that it brings, and download it too.
         weights: download weights and tokenizer; without, config.json alone.
-    Raises: UnreadableInput where there is neither, or the hub can't be reached.
+    Raises: UnreadableInput where there is neither, the hub can't be reached, or it brings code that
+        is not trusted.
     """
     folder = Path(model).expanduser()
     if folder.exists():
+        check_code(folder, trust_remote_code=trust_remote_code)
         return Source(model, folder)
     if not _HUB_ID.fullmatch(model) or model.endswith((".git", ".safetensors")):
         raise UnreadableInput(f"{model}: no such folder, and not the form of a hub id (owner/name)")
-    patterns = [*SIDE_FILES, *(CODE_FILES if with_code else ()), "*.safetensors"]
-    return _download(model, revision, patterns if weights else ["config.json"])
+    patterns = [*SIDE_FILES, *(CODE_FILES if trust_remote_code else ()), "*.safetensors"]
+    source = _download(model, revision, patterns if weights else ["config.json"])
+    check_code(source.folder, trust_remote_code=trust_remote_code)
+    return source
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Source:

@@ -34,6 +34,7 @@ def hysparse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
     def run(*args: object) -> Run:
         monkeypatch.setattr(sys, "argv", ["hysparse", *map(str, args)])
+        monkeypatch.setenv("PYTHONSAFEPATH", "")  # which main sets, is restored after the test
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main()

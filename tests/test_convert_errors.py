@@ -53,7 +53,7 @@ DAMAGE: dict[str, tuple[Damage, int, str]] = {
     "impossible sizes": (set_config(num_attention_heads=0), 7, "config.json"),
     "unknown family": (set_config(model_type="mamba"), 4, "supported: apertus"),
     "refused family": (set_config(model_type="gemma3"), 4, "rotary embedding differs by layer"),
-    "own code": (set_config(auto_map={"AutoConfig": "a.B"}), 4, "--trust-remote-code"),
+    "own code": (set_config(auto_map={"AutoConfig": "a.B"}), 7, "--trust-remote-code"),
     "already converted": (set_config(model_type="hysparse"), 4, "already a HySparse checkpoint"),
     "quantised": (set_config(quantization_config={"quant_method": "fp8"}), 4, "'fp8'"),
     "missing shard": (lambda f: last_shard(f).unlink(), 7, "which is not there"),

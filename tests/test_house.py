@@ -1,5 +1,6 @@
 """The house keeps its own rules: packaging traps, no machine's paths, a README that is true."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -85,6 +86,26 @@ def test_only_the_command_line_prints_or_exits_and_progress_goes_to_stderr() -> 
         (progress, "sys.stderr"),
         (progress, "Console(stderr=True)"),
     }
+
+
+def test_every_load_says_whether_code_may_run_and_reads_safetensors_alone() -> None:
+    folders = ("hysparse_cli", "kernels", "examples")
+    code = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    loads = 0
+    for path in code:
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            if call.func.attr not in ("from_pretrained", "from_config"):
+                continue
+            loads += 1
+            where = f"{path.relative_to(ROOT)}:{call.lineno}"
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            assert "trust_remote_code" in given, where
+            whose = ast.unparse(call.func.value)
+            if call.func.attr == "from_pretrained" and whose not in ("AutoTokenizer", "AutoConfig"):
+                assert ast.literal_eval(given["use_safetensors"]) is True, where
+    assert loads >= 7
 
 
 def test_numbered_examples_are_short() -> None:

@@ -69,7 +69,7 @@ def subjects_of(model: str | None, options: BenchOptions, *, on_cuda: bool) -> l
     if {*names} & {subject.name for subject in found}:
         names = others
     for name, checkpoint in zip(names, others, strict=True):
-        folder = locate(checkpoint).folder
+        folder = locate(checkpoint, trust_remote_code=options.trust_remote_code).folder
         found.append(Subject(name, read_config(folder), str(folder)))
     return [_with_room(subject, options) for subject in found]
 
@@ -86,9 +86,9 @@ def _model(model: str | None, options: BenchOptions) -> _Model:
             "give one of the two"
         )
     if options.config is not None:
-        dense = _config(options.config)
+        dense = _config(options.config, options.trust_remote_code)
         return _Model(dense, _spec(dense, options), None)
-    folder = locate(str(model)).folder
+    folder = locate(str(model), trust_remote_code=options.trust_remote_code).folder
     config = read_config(folder)
     own = Subject(Path(str(model)).name, config, str(folder))
     if own.is_dense:
@@ -102,10 +102,11 @@ def _model(model: str | None, options: BenchOptions) -> _Model:
     return _Model(dense_of(config), own.spec, own)
 
 
-def _config(name: str) -> dict[str, Any]:
+def _config(name: str, trust_remote_code: bool) -> dict[str, Any]:
     if name in PRESETS:
         return dict(PRESETS[name])
-    return dense_of(read_config(locate(name, weights=False).folder))
+    source = locate(name, weights=False, trust_remote_code=trust_remote_code)
+    return dense_of(read_config(source.folder))
 
 
 def dense_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from hysparse_cli.bench.attention import DENSE_NAME
 from hysparse_cli.bench.subjects import Subject
 from hysparse_cli.convert.shapes import dense_config
 from hysparse_cli.devices import out_of_memory_is
+from hysparse_cli.foreign import without_kernels
 from hysparse_cli.loading import load
 from hysparse_cli.model.config import MODEL_TYPE
 from hysparse_cli.model.registration import HySparseConfig
@@ -23,12 +24,25 @@ class Weights:
     Random matrices are drawn anew each time, the same ones; loaded weights wait on the CPU.
     """
 
-    def __init__(self, subject: Subject, dtype: str, device: torch.device, seed: int):
+    def __init__(
+        self,
+        subject: Subject,
+        dtype: str,
+        device: torch.device,
+        seed: int,
+        *,
+        trust_remote_code: bool = False,
+    ):
         self.device, self.seed = device, seed
         self.loaded = subject.checkpoint is not None
         with out_of_memory_is(f"{subject.name} does not fit on {device}"):
             if subject.checkpoint is not None:
-                self.model = load(subject.checkpoint, dtype=dtype, device="cpu").model
+                self.model = load(
+                    subject.checkpoint,
+                    dtype=dtype,
+                    device="cpu",
+                    trust_remote_code=trust_remote_code,
+                ).model
                 if subject.is_dense:
                     self.model.set_attn_implementation(DENSE_NAME)
                 _move_buffers(self.model, device)
@@ -73,7 +87,8 @@ def random_model(subject: Subject, dtype: str, device: torch.device, seed: int) 
     wanted = torch_dtype(subject, dtype)
     attention = {"attn_implementation": DENSE_NAME} if subject.is_dense else {}
     with torch.device(device):
-        return auto.from_config(config, dtype=wanted, **attention).eval()
+        model = auto.from_config(config, dtype=wanted, trust_remote_code=False, **attention)
+        return model.eval()
 
 
 def config_of(subject: Subject) -> Any:
@@ -82,7 +97,7 @@ def config_of(subject: Subject) -> Any:
     Raises: UnreadableInput where transformers does not accept a value.
     """
     if subject.config["model_type"] == MODEL_TYPE:
-        return HySparseConfig.from_dict(dict(subject.config))
+        return HySparseConfig.from_dict(without_kernels(subject.config))
     return dense_config(subject.config, f"the config of {subject.name}")
 
 

@@ -191,7 +191,13 @@ class ReadySubject:
         """The subject's model, on the device."""
         if self._weights is None:
             options = self.options
-            self._weights = Weights(self.subject, options.dtype, self.device, options.seed)
+            self._weights = Weights(
+                self.subject,
+                options.dtype,
+                self.device,
+                options.seed,
+                trust_remote_code=options.trust_remote_code,
+            )
         self._weights.restore()
         return self._weights.model
 
@@ -204,7 +210,9 @@ class ReadySubject:
         attention = {"attn_implementation": DENSE_NAME} if self.subject.is_dense else {}
         dtype = torch_dtype(self.subject, self.options.dtype)
         with torch.device("meta"):
-            return auto.from_config(config_of(self.subject), dtype=dtype, **attention)
+            return auto.from_config(
+                config_of(self.subject), dtype=dtype, trust_remote_code=False, **attention
+            )
 
     def _kernels(self, model: Any) -> dict[str, str]:
         """The backend chosen for each op."""

@@ -65,6 +65,7 @@ def root(
 def main() -> None:
     """Run the command line: one line and an exit code for whatever goes wrong."""
     _prepare_streams()
+    processes.keep_working_directory_out()
     with _terminable() as signals:
         try:
             _check_machine()

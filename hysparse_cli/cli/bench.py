@@ -11,6 +11,7 @@ from hysparse_cli.cli.shared import (
     Device,
     Dtype,
     RecipeFile,
+    TrustRemoteCode,
     not_for,
     show,
     write,
@@ -22,6 +23,7 @@ FORMATS = ("table", "json", "csv", "md")
 OF_MODELS = (
     *("config", "random_weights", "ratio", "pattern", "last_layer_full", "subjects", "against"),
     *("phases", "batch", "decode_tokens", "warmup", "repeat", "gradient_checkpointing"),
+    "trust_remote_code",
 )
 
 
@@ -92,6 +94,7 @@ def bench(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = None,
     format_: Annotated[
         str, typer.Option("--format", help="What goes to stdout: table, json, csv or md.")
     ] = "table",

@@ -12,6 +12,7 @@ from hysparse_cli.cli.shared import (
     Out,
     Overwrite,
     RecipeFile,
+    TrustRemoteCode,
     show,
     warn,
 )
@@ -91,10 +92,7 @@ def convert(
         str | None, typer.Option(help="Largest file of weights.  [default: 5GB]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool | None,
-        typer.Option("--trust-remote-code", help="Accept and keep a checkpoint's own Python code."),
-    ] = None,
+    trust_remote_code: TrustRemoteCode = None,
     overwrite: Overwrite = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, write no checkpoint.")
@@ -120,7 +118,7 @@ def convert(
         "swap_attention": layer_pairs("swap_attention", swap_attention),
     }
     options = load_section(ConvertOptions, recipe, assignments, flags)
-    source = locate(model, revision=options.revision, with_code=options.trust_remote_code)
+    source = locate(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
     check_output(out, overwrite=options.overwrite, inputs=[source.folder])
     with stages() as advance_stage:
         plan = settled_plan(source, options, out, advance_stage)

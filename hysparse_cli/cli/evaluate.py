@@ -4,7 +4,15 @@ from typing import Annotated
 
 import typer
 
-from hysparse_cli.cli.shared import AsJson, Assignments, Device, Dtype, RecipeFile, show
+from hysparse_cli.cli.shared import (
+    AsJson,
+    Assignments,
+    Device,
+    Dtype,
+    RecipeFile,
+    TrustRemoteCode,
+    show,
+)
 from hysparse_cli.errors import QualityGateFailed
 from hysparse_cli.progress import stages
 
@@ -49,6 +57,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="[default: 1]")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure loss and retrieval of several checkpoints at once."""

@@ -17,6 +17,7 @@ from hysparse_cli.cli.shared import (
     Out,
     Overwrite,
     RecipeFile,
+    TrustRemoteCode,
     show,
 )
 from hysparse_cli.progress import training_steps
@@ -56,6 +57,7 @@ def finetune(
     log_to: Annotated[str | None, typer.Option(help="tensorboard or wandb.")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = None,
     overwrite: Overwrite = None,
     as_json: AsJson = False,
 ) -> None:

@@ -12,6 +12,7 @@ from hysparse_cli.cli.shared import (
     Device,
     Dtype,
     RecipeFile,
+    TrustRemoteCode,
     say,
     show,
     write,
@@ -33,6 +34,7 @@ def generate(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""

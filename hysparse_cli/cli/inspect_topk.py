@@ -11,6 +11,7 @@ from hysparse_cli.cli.shared import (
     Device,
     Dtype,
     RecipeFile,
+    TrustRemoteCode,
     show,
 )
 from hysparse_cli.progress import stages
@@ -64,6 +65,7 @@ def inspect_topk(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what full layers select, and how well it fits others.

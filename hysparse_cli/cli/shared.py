@@ -24,6 +24,13 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16.  [default: as it is]")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")]
+TrustRemoteCode = Annotated[
+    bool | None,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that a checkpoint brings (auto_map): it can do what you can.",
+    ),
+]
 Overwrite = Annotated[bool | None, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 

@@ -47,7 +47,12 @@ def measured(plan: Plan, on_progress: Callable[[str, int, int], None]) -> Plan:
         has no tokenizer or the calibration text is missing.
     """
     options, spec = plan.options, plan.spec
-    dense = load_to_measure(plan.source.folder, dtype=options.dtype, device=options.device)
+    dense = load_to_measure(
+        plan.source.folder,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
     text = text_for(options, dense.tokenizer, dense.model.config)
     explained = _first(text, options.explain_tokens)
     line = (

@@ -32,6 +32,7 @@ from hysparse_cli.convert.provenance import provenance
 from hysparse_cli.convert.swaps import check_family, check_pairs, exchanged, renamed
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput, UnsupportedModel
 from hysparse_cli.families import Family, check_rope, family_of
+from hysparse_cli.foreign import check_code
 from hysparse_cli.kv_cache import KvCache, kv_cache_of
 from hysparse_cli.layout import Layout
 from hysparse_cli.model.config import (
@@ -118,9 +119,10 @@ def plan(
         swaps: what ``swap_attention: auto`` has chosen; without it nothing is swapped for that.
     Raises: UnreadableInput, UnsupportedModel or InvalidRecipe, each with its one reason.
     """
+    check_code(source.folder, trust_remote_code=options.trust_remote_code)
     config = read_config(source.folder)
     where = str(source.folder / "config.json")
-    family = _family(config, where, source, options.trust_remote_code)
+    family = _family(config, where, source)
     if options.swap_attention is not None:
         check_family(family, config["model_type"])
     # transformers takes seconds to import: what can be refused without it was refused above
@@ -206,9 +208,7 @@ def execute(plan: Plan, out: Path, on_progress: OnProgress) -> Conversion:
     return conversion
 
 
-def _family(
-    config: Mapping[str, Any], where: str, source: Source, trust_remote_code: bool
-) -> Family:
+def _family(config: Mapping[str, Any], where: str, source: Source) -> Family:
     model_type = config.get("model_type")
     if model_type == MODEL_TYPE or "hysparse" in config:
         raise UnsupportedModel(
@@ -216,13 +216,7 @@ def _family(
         )
     if not isinstance(model_type, str):
         raise UnreadableInput(f"{where} has no model_type: give a Hugging Face checkpoint")
-    family = family_of(model_type)
-    if "auto_map" in config and not trust_remote_code:
-        raise UnsupportedModel(
-            f"{where} has an auto_map, so the checkpoint ships its own Python code: look at it, "
-            f"then --trust-remote-code keeps it, and transformers' own {model_type} class is used"
-        )
-    return family
+    return family_of(model_type)
 
 
 def _spec(

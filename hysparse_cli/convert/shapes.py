@@ -8,6 +8,7 @@ from typing import Any
 
 from hysparse_cli.checkpoint import Checkpoint
 from hysparse_cli.errors import UnreadableInput
+from hysparse_cli.foreign import without_kernels
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
@@ -32,7 +33,8 @@ def dense_config(config: Mapping[str, Any], where: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    values = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    values = without_kernels(config)
+    values = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
     try:
         return AutoConfig.for_model(config["model_type"], **values)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -53,7 +55,9 @@ def expected_tensors(config: Any, where: str) -> Expected:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UnreadableInput(f"{where} describes no model that can be built: {reason}") from None

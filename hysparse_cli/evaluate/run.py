@@ -37,7 +37,8 @@ def evaluate(
         )
     names = short_names(checkpoints)
     gates = parse_gates(options.require, names, metric_names(options))
-    folders = [locate(checkpoint).folder for checkpoint in checkpoints]
+    trusted = options.trust_remote_code
+    folders = [locate(name, trust_remote_code=trusted).folder for name in checkpoints]
     dense = ["hysparse" not in open_checkpoint(folder).config for folder in folders]
     references = _references(gates, names, dense)
     texts = Texts(_read(options) if options.data is not None else None, options)

@@ -124,7 +124,13 @@ class Scorer:
         )
 
     def _load(self, checkpoint: str) -> Loaded:
-        loaded = load(checkpoint, dtype=self.options.dtype, device=self.options.device)
+        options = self.options
+        loaded = load(
+            checkpoint,
+            dtype=options.dtype,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+        )
         _check_lengths(checkpoint, loaded.model.config, self.options)
         self.on_progress(f"{checkpoint}: tokenizing", 0, 1)
         for task in self._tasks:

@@ -14,7 +14,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hysparse_cli.errors import HysparseError, Interrupted, OutOfResources
 from hysparse_cli.finetune.share import rows_of_step
-from hysparse_cli.processes import claimed_exit_code
+from hysparse_cli.processes import claimed_exit_code, running
 from hysparse_cli.recipe import FinetuneOptions
 
 
@@ -43,7 +43,7 @@ def launch(arguments: Sequence[str], options: FinetuneOptions) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "hysparse_cli", *arguments)
+            elastic_launch(config, sys.executable)(*running("hysparse_cli"), *arguments)
         except ChildFailedError as error:
             return _exit_code(Path(folder), _killed(error))
         except SignalException as stop:

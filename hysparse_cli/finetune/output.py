@@ -32,7 +32,8 @@ def write_checkpoint(
         weights: those that were trained, adapters among them; rounded to the dtype that
             ``checkpoint`` is loaded in.
     """
-    loaded = load(checkpoint, dtype=options.dtype, device="cpu")
+    trusted = options.trust_remote_code
+    loaded = load(checkpoint, dtype=options.dtype, device="cpu", trust_remote_code=trusted)
     loaded.model.load_state_dict(merged(weights, loaded.model, options), strict=False)
     # save_pretrained refuses a generation config with odd values, after the whole training
     loaded.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
@@ -41,7 +42,7 @@ def write_checkpoint(
     readable = (folder / "config.json").stat().st_mode
     for shard in folder.glob("*.safetensors"):
         shard.chmod(readable)  # safetensors makes its files private
-    copy_side_files(loaded.folder, folder)
+    copy_side_files(loaded.folder, folder, with_code=trusted)
     if (loaded.folder / CONVERSION).is_file():
         shutil.copyfile(loaded.folder / CONVERSION, folder / CONVERSION)
     if (loaded.folder / CARD).is_file():

@@ -44,7 +44,7 @@ def finetune(
         on_step: called after each optimiser step.
     Raises: a HysparseError of the kind that fits.
     """
-    source = locate(checkpoint).folder
+    source = locate(checkpoint, trust_remote_code=options.trust_remote_code).folder
     _check_data(options)
     _check_processes(options)
     check_package(options.log_to)
@@ -197,12 +197,13 @@ def _load_models(checkpoint: str, options: FinetuneOptions) -> tuple[Loaded, Any
 
     Raises: InvalidRecipe where they do not.
     """
-    loaded = load(checkpoint, dtype=options.dtype, device="cpu")
+    how: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    loaded = load(checkpoint, device="cpu", **how)
     _check_length(loaded.model, checkpoint, options)
     stages = options.resolved_stages()
     if options.teacher is None or not any(stage.needs_teacher for stage in stages):
         return loaded, None
-    teacher = load(options.teacher, dtype=options.dtype, device="cpu")
+    teacher = load(options.teacher, device="cpu", **how)
     _check_same_vocabulary(loaded, teacher, options.teacher)
     _check_length(teacher.model, options.teacher, options)
     check_objectives(stages, loaded.model, teacher.model)

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from hysparse_cli.errors import InvalidRecipe, OutOfResources, UnreadableInput
+from hysparse_cli.errors import HysparseError, InvalidRecipe, OutOfResources, UnreadableInput
 from hysparse_cli.finetune.group import Group
+from hysparse_cli.finetune.metadata import Reader
 from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.staging import sync, sync_tree
 
@@ -28,6 +29,7 @@ _MAY_CHANGE = {
     "resume",
     "save_every_steps",
     "overwrite",
+    "trust_remote_code",
     "device",
     "log_to",
     "nproc_per_node",
@@ -138,7 +140,7 @@ def read_facts(saved: Path, checkpoint: Path, options: FinetuneOptions) -> Facts
     file = saved / _FACTS
     try:
         facts: Facts = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
+    except Exception as error:  # of many kinds where it is not what save_state wrote
         raise _unreadable(file, error) from None
     if facts.get("format") != FORMAT:
         raise InvalidRecipe(f"{file} was written by another version: begin again with --overwrite")
@@ -155,9 +157,12 @@ def read_tensors(saved: Path, tensors: Tensors) -> None:
     Raises: UnreadableInput where they can't be read.
     """
     try:
-        load(tensors, storage_reader=FileSystemReader(saved))
+        load(tensors, storage_reader=Reader(saved))
     except CheckpointException as error:
-        raise _unreadable(saved, next(iter(error.failures.values()))[0]) from None
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, HysparseError):
+            raise cause from None
+        raise _unreadable(saved, cause) from None
 
 
 def remove_state(out: Path) -> None:

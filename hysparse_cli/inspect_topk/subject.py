@@ -77,10 +77,12 @@ def load_subject(
     Raises: InvalidRecipe where a layout is asked for of a converted checkpoint, or nothing would be
         selected; what ``load`` and ``convert``'s plan raise.
     """
-    source = locate(checkpoint)
+    trusted = options.trust_remote_code
+    source = locate(checkpoint, trust_remote_code=trusted)
     on_stage("loading", 0, 1)
     plan = None
     if open_checkpoint(source.folder).config.get("hysparse") is None:
+        planned = planned.model_copy(update={"trust_remote_code": trusted})
         with TemporaryDirectory() as scratch:  # for scores that no option names a file for
             plan = settled_plan(source, planned, Path(scratch) / "out", on_stage)
     elif layout_flags:
@@ -89,9 +91,13 @@ def load_subject(
             "one for a dense model, leave it out"
         )
     if options.dtype == "auto":
-        model, tokenizer, _ = load_to_measure(source.folder, device=options.device)
+        model, tokenizer, _ = load_to_measure(
+            source.folder, device=options.device, trust_remote_code=trusted
+        )
     else:
-        model, tokenizer, _ = load(checkpoint, dtype=options.dtype, device=options.device)
+        model, tokenizer, _ = load(
+            checkpoint, dtype=options.dtype, device=options.device, trust_remote_code=trusted
+        )
     spec = plan.spec if plan is not None else spec_of(model.config)
     assert spec is not None, "a checkpoint without a spec gets a plan"
     if not spec.selects or not spec.layers.sparse_layers:

@@ -27,6 +27,7 @@ from hysparse_cli.model.registration import HySparseConfig
 
 __all__ = ["HySparseConfig"]
 '''
+SHIM_AUTO_MAP = {"AutoConfig": f"{HUB_SHIM_NAME.removesuffix('.py')}.HySparseConfig"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def converted_config(base: dict[str, Any], spec: HysparseSpec) -> dict[str, Any]
     """The config.json of the checkpoint that ``base``'s model becomes."""
     config = {**base, "model_type": MODEL_TYPE, "base_model_type": base["model_type"]}
     config["architectures"] = [f"HySparse{name}" for name in base.get("architectures") or []]
-    config["auto_map"] = {"AutoConfig": f"{HUB_SHIM_NAME.removesuffix('.py')}.HySparseConfig"}
+    config["auto_map"] = SHIM_AUTO_MAP
     config["hysparse"] = asdict(spec)
     if spec.layers.sparse_layers:
         config["layer_types"] = spec.layer_types

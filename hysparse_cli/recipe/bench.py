@@ -52,6 +52,7 @@ class BenchOptions(Section):
     lists: FilePath = "own"
     dtype: Dtype = "auto"
     device: Device = "auto"
+    trust_remote_code: bool = False
     seed: int = 0
 
     @model_validator(mode="after")

@@ -45,6 +45,7 @@ class EvalOptions(Section):
     output: FilePath | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
+    trust_remote_code: bool = False
     seed: int = 0
 
     @field_validator("retrieval_forms", mode="before")

@@ -146,6 +146,7 @@ class FinetuneOptions(Section):
     sequence_parallel_size: Positive = 1
     dtype: Dtype = "auto"
     device: Device = "auto"
+    trust_remote_code: bool = False
     seed: int = 0
     overwrite: bool = False
 

@@ -18,4 +18,5 @@ class GenerateOptions(Section):
     chat: bool = False
     dtype: Dtype = "auto"
     device: Device = "auto"
+    trust_remote_code: bool = False
     seed: int = 0

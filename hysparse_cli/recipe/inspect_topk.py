@@ -27,4 +27,5 @@ class InspectOptions(Section):
     lists: FilePath | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
+    trust_remote_code: bool = False
     seed: int = 0

@@ -71,7 +71,9 @@ def choose_attention(
     Raises: UnreadableInput, UnsupportedModel, OutOfResources.
     """
     on_progress("loading", 0, 1)
-    model, tokenizer, _ = load_to_measure(source.folder, device=options.device)
+    model, tokenizer, _ = load_to_measure(
+        source.folder, device=options.device, trust_remote_code=options.trust_remote_code
+    )
     text = text_for(options, tokenizer, model.config)
     with out_of_memory_is(_out_of_memory(model.device, text.rows)):
         need = measure_need(
@@ -94,7 +96,9 @@ def _measure(
 ) -> Scores:
     """What ``strategy`` needs, added to what is ``known``, on the text that was used before."""
     on_progress("loading", 0, 1)
-    model, tokenizer, _ = load_to_measure(source.folder, device=options.device)
+    model, tokenizer, _ = load_to_measure(
+        source.folder, device=options.device, trust_remote_code=options.trust_remote_code
+    )
     model.requires_grad_(False)
     sizes = {name: getattr(options, name) for name in SIZES}
     text = _text(options, model.config) if known is None else known.text
