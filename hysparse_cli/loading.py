@@ -12,6 +12,7 @@ from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.errors import OutOfResources, UnreadableInput, UnsupportedModel
 from hysparse_cli.model.config import spec_of
+from hysparse_cli.printable import single_line
 from hysparse_cli.source import locate
 
 
@@ -76,9 +77,11 @@ def load_tokenizer(folder: Path) -> Any:
     Raises: UnreadableInput where it has none that transformers can read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except BaseException as error:  # a panic of tokenizers is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = single_line(error)
         raise UnreadableInput(f"{folder} has no tokenizer that can be read: {reason}") from None
 
 
