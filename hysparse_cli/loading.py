@@ -1,6 +1,6 @@
 """Loading a checkpoint, dense or converted, to run it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +10,16 @@ from transformers.utils import logging
 
 from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.devices import out_of_memory_is
-from hysparse_cli.errors import OutOfResources, UnreadableInput, UnsupportedModel
+from hysparse_cli.errors import (
+    HysparseError,
+    OutOfResources,
+    UnreadableInput,
+    UnsupportedModel,
+    from_system,
+    system_error,
+)
 from hysparse_cli.model.config import spec_of
-from hysparse_cli.printable import single_line
+from hysparse_cli.printable import printable, single_line
 from hysparse_cli.source import locate
 
 
@@ -48,15 +55,36 @@ def load(checkpoint: str, *, dtype: str = "auto", device: str = "auto") -> Loade
         ):
             model, info = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True)
             model.to(target)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise UnsupportedModel(f"{checkpoint} can't be loaded: {reason}") from None
+    except (HysparseError, MemoryError):
+        raise
+    except Exception as error:  # whatever transformers makes of the checkpoint
+        if (refusal := system_error(error)) and refusal.errno is not None:
+            raise from_system(refusal, checkpoint, writing=False) from error
+        raise UnsupportedModel(f"{checkpoint} can't be loaded: {single_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UnreadableInput(
             f"{checkpoint} lacks {missing[0]} ({len(missing)} tensors in all): download or save it "
             "again"
         )
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.get_input_embeddings().register_forward_pre_hook(_within(tokenizer))
     return Loaded(model.eval(), tokenizer, folder)
+
+
+def _within(tokenizer: Any) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+    """A hook of an embedding that refuses the ids which ``tokenizer`` has beyond it."""
+
+    def check(embedding: Any, args: tuple[torch.Tensor, ...]) -> None:
+        rows, highest = embedding.weight.shape[0], int(args[0].max()) if args[0].numel() else 0
+        if highest >= rows:
+            token = printable(repr(tokenizer.convert_ids_to_tokens(highest)))
+            raise UnreadableInput(
+                f"the text has token {token} of id {highest}, but the model embeds {rows} tokens "
+                f"of the tokenizer's {len(tokenizer)}: leave it out of the text, or give the "
+                "checkpoint its own tokenizer"
+            )
+
+    return check
 
 
 def load_to_measure(folder: Path, *, dtype: str = "auto", device: str = "auto") -> Loaded:

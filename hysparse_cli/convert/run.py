@@ -228,7 +228,8 @@ def _family(
     model_type = config.get("model_type")
     if model_type == MODEL_TYPE or "hysparse" in config:
         raise UnsupportedModel(
-            f"{source.name} is already a HySparse checkpoint: convert the dense one it came from"
+            f"{printable(source.name)} is already a HySparse checkpoint: convert the dense "
+            "one it came from"
         )
     if not isinstance(model_type, str):
         raise UnreadableInput(f"{where} has no model_type: give a Hugging Face checkpoint")

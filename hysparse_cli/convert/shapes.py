@@ -153,8 +153,9 @@ def check_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:
     for name, shape in expected.shapes.items():
         if name in stored and stored[name].shape != shape:
             raise UnreadableInput(
-                f"{stored[name].shard}: tensor {name} has shape {list(stored[name].shape)}, but "
-                f"config.json makes it {list(shape)}: config and weights do not belong together"
+                f"{stored[name].shard}: tensor {name} has shape "
+                f"{printable(list(stored[name].shape))}, but config.json makes it "
+                f"{printable(list(shape))}: config and weights do not belong together"
             )
     missing = [name for name in expected.shapes if name not in stored and name not in expected.tied]
     unused = [

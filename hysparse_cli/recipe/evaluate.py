@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section
+from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section, Seed
 
 Form = Literal["magic-number", "secret", "key-value", "recall"]
 Family = Literal[
@@ -45,7 +45,7 @@ class EvalOptions(Section):
     output: FilePath | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("retrieval_forms", mode="before")
     @classmethod

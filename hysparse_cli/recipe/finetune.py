@@ -14,6 +14,7 @@ from hysparse_cli.recipe.fields import (
     Positive,
     Real,
     Section,
+    Seed,
 )
 
 Objective = Literal["align", "distill", "train"]
@@ -146,7 +147,7 @@ class FinetuneOptions(Section):
     sequence_parallel_size: Positive = 1
     dtype: Dtype = "auto"
     device: Device = "auto"
-    seed: int = 0
+    seed: Seed = 0
     overwrite: bool = False
 
     @property

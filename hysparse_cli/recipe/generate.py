@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from hysparse_cli.recipe.fields import Device, Dtype, Fraction, Positive, Real, Section
+from hysparse_cli.recipe.fields import Device, Dtype, Fraction, Positive, Real, Section, Seed
 
 
 class GenerateOptions(Section):
@@ -18,4 +18,4 @@ class GenerateOptions(Section):
     chat: bool = False
     dtype: Dtype = "auto"
     device: Device = "auto"
-    seed: int = 0
+    seed: Seed = 0

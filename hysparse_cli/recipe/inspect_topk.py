@@ -1,6 +1,6 @@
 """Options of ``hysparse inspect-topk``."""
 
-from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section
+from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section, Seed
 
 
 class InspectOptions(Section):
@@ -27,4 +27,4 @@ class InspectOptions(Section):
     lists: FilePath | None = None
     dtype: Dtype = "auto"
     device: Device = "auto"
-    seed: int = 0
+    seed: Seed = 0

@@ -22,8 +22,8 @@ NETWORK = 99  # the exit code of a child that reached for the network
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a child. ``seconds`` of processor time; ``peak_bytes`` of resident memory, what
-    it inherited included. One that does not end is killed."""
+    """What became of a child. ``seconds`` of processor time; ``peak_bytes`` of resident memory,
+    what it inherited included. One that does not end is killed."""
 
     exit_code: int
     killed_by: int

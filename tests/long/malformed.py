@@ -14,7 +14,12 @@ Damage = Callable[[Path], object]
 DEEP = "[" * 200_000 + "]" * 200_000
 LONG = "n" * 100_000
 ESCAPES = "\x1b[31mred\u202eder\n\ttab"
-RAW = {"deep": DEEP, "4,400 digits": "9" * 4400, "40 digits": "9" * 40, "lone surrogate": '"\\ud800"'}
+RAW = {
+    "deep": DEEP,
+    "4,400 digits": "9" * 4400,
+    "40 digits": "9" * 40,
+    "lone surrogate": '"\\ud800"',
+}
 
 
 class Case(NamedTuple):
@@ -63,7 +68,11 @@ MORE_FIELDS = (
 VALUES: dict[str, list[Any]] = {
     "model_type": ["qwen3\n", "QWEN3", "llama", "qwen3_moe", "gpt2", "../qwen3", "кит", ESCAPES],
     "_attn_implementation": ["flash_attention_2", "kernels-community/flash-attn", "eager", "sdpa"],
-    "attn_implementation": ["kernels-community/flash-attn:f", "flash_attention_3", "flex_attention"],
+    "attn_implementation": [
+        "kernels-community/flash-attn:f",
+        "flash_attention_3",
+        "flex_attention",
+    ],
     "experts_implementation": ["kernels-community/megablocks", "grouped_mm", "none"],
     "rope_parameters": [
         {"rope_type": kind, "rope_theta": 1e4, **more}
@@ -251,13 +260,28 @@ def header_cases() -> Iterator[Case]:
     odd: tuple[Any, ...] = (None, 1, 1.5, -1, True, "x", [], {}, [None], [-1], [1.5], [2**63])
     for dtype in (*dtypes, *odd):
         yield Case("header", f"dtype {dtype}", _put("dtype", dtype))
-    shapes = ([64], [64, 32, 1], [32, 64], [2**40, 2**40], [0], [1] * 10_000, [True, 32], ["64", 32])
+    shapes = (
+        [64],
+        [64, 32, 1],
+        [32, 64],
+        [2**40, 2**40],
+        [0],
+        [1] * 10_000,
+        [True, 32],
+        ["64", 32],
+    )
     for shape in (*shapes, *odd):
         yield Case("header", f"shape {str(shape)[:30]}", _put("shape", shape))
     spans = ([0, 0], [1, 8193], [8192, 0], [0, 2**62], [-8, 8184], [0, 2**64], [0], [0, 1, 2])
     for span in (*spans, ["0", "8192"], *odd):
         yield Case("header", f"offsets {span}", _put("data_offsets", span))
-    names = ("", "model.layers.999999999.x", LONG, ESCAPES, "model.layers.1.self_attn.hysparse.sinks")
+    names = (
+        "",
+        "model.layers.999999999.x",
+        LONG,
+        ESCAPES,
+        "model.layers.1.self_attn.hysparse.sinks",
+    )
     for name in (*names, "__metadata__", "a\x00b", "\ud800", "model.norm.weight"):
         yield Case("header", f"renamed {name[:40]!r}", _renamed(name))
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
@@ -267,7 +291,9 @@ def header_cases() -> Iterator[Case]:
         yield Case("header", f"metadata {str(metadata)[:30]}", _added("__metadata__", metadata))
     fields = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     for field in fields:
-        yield Case("header", f"no {field}", with_header(lambda h, f=field: _first(h).pop(f) and None))
+        yield Case(
+            "header", f"no {field}", with_header(lambda h, f=field: _first(h).pop(f) and None)
+        )
     yield Case("header", "another field", _put("more", {"a": [1]}))
     yield Case("header", "a name twice", with_header(_twice))
     yield Case("header", "deep", with_header(lambda header: DEEP.encode()))
@@ -277,7 +303,9 @@ def header_cases() -> Iterator[Case]:
     yield Case("header", "padded by tabs", with_header(lambda h: json.dumps(h).encode() + b"\t"))
     for size in (15 << 20, 100_000_000, 100_000_001):
         yield Case("header", f"{size} spaces", with_header(_padded(size)))
-    yield Case("header", "15 MB of lists", with_header(lambda h: b'{"a":[' + b"[{}]," * 3_000_000 + b"1]}"))
+    yield Case(
+        "header", "15 MB of lists", with_header(lambda h: b'{"a":[' + b"[{}]," * 3_000_000 + b"1]}")
+    )
     yield Case("header", "100,000 tensors", with_header(_many(100_000)))
     yield Case("header", "100,000 layers", with_header(_many(100_000, "model.layers.{}.x")))
     for length in (0, 1, 7, 2**31, 2**63, 2**64 - 1):
@@ -341,11 +369,19 @@ def index_cases() -> Iterator[Case]:
         yield Case("index", f"names {name[:30]!r}", _placed({name: "model.safetensors"}))
     for value in (None, [], {}, 1, "x", [[]], {"a": {}}):
         yield Case("index", f"map {value}", with_index(lambda c, v=value: c.update(weight_map=v)))
-        yield Case("index", f"metadata {value}", with_index(lambda c, v=value: c.update(metadata=v)))
+        yield Case(
+            "index", f"metadata {value}", with_index(lambda c, v=value: c.update(metadata=v))
+        )
     many = {f"t{i}": f"model-{i:07d}.safetensors" for i in range(200_000)}
     yield Case("index", "200,000 shards", _placed(many))
-    yield Case("index", "1,000,000 shards", _placed({f"t{i}": f"m{i}.safetensors" for i in range(10**6)}))
-    yield Case("index", "200,000 tensors", _placed({f"t{i}": "model-00001-of-00005.safetensors" for i in range(200_000)}))
+    yield Case(
+        "index", "1,000,000 shards", _placed({f"t{i}": f"m{i}.safetensors" for i in range(10**6)})
+    )
+    yield Case(
+        "index",
+        "200,000 tensors",
+        _placed({f"t{i}": "model-00001-of-00005.safetensors" for i in range(200_000)}),
+    )
     yield Case("index", "one shard twice", _hard_link)
     yield Case("index", "model.safetensors a directory", lambda f: (f / SINGLE).mkdir())
     yield Case("index", "model.safetensors empty", lambda f: (f / SINGLE).write_bytes(b""))
@@ -372,7 +408,13 @@ def set_json(file: str, **values: Any) -> Damage:
 
 def tokenizer_cases(config: dict[str, Any], tokenizer: dict[str, Any]) -> Iterator[Case]:
     values = {k: v for k, v in WRONG.items() if k not in ("long list", "1e308", "3", "false")}
-    more = ("chat_template", "auto_map", "added_tokens_decoder", "extra_special_tokens", "padding_side")
+    more = (
+        "chat_template",
+        "auto_map",
+        "added_tokens_decoder",
+        "extra_special_tokens",
+        "padding_side",
+    )
     for field in dict.fromkeys((*config, *more)):
         for name, value in values.items():
             damage = set_json("tokenizer_config.json", **{field: value})
@@ -390,7 +432,9 @@ def tokenizer_cases(config: dict[str, Any], tokenizer: dict[str, Any]) -> Iterat
     for name in some:
         for field in ("type", "vocab", "unk_token", "merges"):
             model = tokenizer["model"] | {field: WRONG[name]}
-            yield Case("tokenizer", f"model.{field} {name}", set_json("tokenizer.json", model=model))
+            yield Case(
+                "tokenizer", f"model.{field} {name}", set_json("tokenizer.json", model=model)
+            )
     vocab = {f"w{i}": i for i in range(300)}
     larger = tokenizer["model"] | {"vocab": tokenizer["model"]["vocab"] | vocab}
     yield Case("tokenizer", "more tokens than embeddings", set_json("tokenizer.json", model=larger))
@@ -415,13 +459,31 @@ def side_cases() -> Iterator[Case]:
     for name, text in faults.items():
         yield Case("adapter", name, lambda f, t=text: (f / "adapter_config.json").write_text(t))
         yield Case("adapter", f"{name} only", lambda f, t=text: _adapter_only(f, t))
-    for name in ("vocab.json", "added_tokens.json", "special_tokens_map.json", "merges.txt", "x.json"):
-        for what in ("garbage", "deep", "500 MB", "a list", "a number", "30 MB of lists", "a directory"):
+    for name in (
+        "vocab.json",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "merges.txt",
+        "x.json",
+    ):
+        for what in (
+            "garbage",
+            "deep",
+            "500 MB",
+            "a list",
+            "a number",
+            "30 MB of lists",
+            "a directory",
+        ):
             yield Case("side", f"{name} {what}", lambda f, n=name, w=what: _beside(f / n, w))
     for name in ("n" * 255, "\x1b[31m.json", "a\nb.json", "\udcff.json", "`|<script>.txt"):
         yield Case("side", f"named {name[:20]!r}", lambda f, n=name: (f / n).write_text("{}"))
-    yield Case("side", "tokenizer.model garbage", lambda f: (f / "tokenizer.model").write_bytes(b"\x0a"))
-    yield Case("side", "templates a file", lambda f: (f / "additional_chat_templates").write_text(""))
+    yield Case(
+        "side", "tokenizer.model garbage", lambda f: (f / "tokenizer.model").write_bytes(b"\x0a")
+    )
+    yield Case(
+        "side", "templates a file", lambda f: (f / "additional_chat_templates").write_text("")
+    )
 
 
 def _adapter_only(folder: Path, text: str) -> None:
@@ -451,7 +513,12 @@ def folder_cases() -> Iterator[Case]:
         gone(folder)
         os.mkfifo(folder)
 
-    for name, damage in {"gone": gone, "a file": is_file, "a loop": is_loop, "a pipe": is_pipe}.items():
+    for name, damage in {
+        "gone": gone,
+        "a file": is_file,
+        "a loop": is_loop,
+        "a pipe": is_pipe,
+    }.items():
         yield Case("folder", name, damage)
     yield Case("folder", "empty", lambda f: [path.unlink() for path in f.iterdir()])
 

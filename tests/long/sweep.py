@@ -98,10 +98,15 @@ def sweep(good: Path, every: int = 1) -> int:
         outcome, found = tried(case, good, empty_bytes)
         counts[case.kind, outcome.exit_code] += 1
         slowest = max(slowest, (outcome.seconds, f"{case.kind}: {case.name}"))
-        largest = max(largest, ((outcome.peak_bytes - empty_bytes) / 1e9, f"{case.kind}: {case.name}"))
+        largest = max(
+            largest, ((outcome.peak_bytes - empty_bytes) / 1e9, f"{case.kind}: {case.name}")
+        )
         if found:
             failed += 1
-            print(f"{case.kind}: {case.name}: {'; '.join(found)} | {outcome.stderr[:300]!r}", flush=True)
+            print(
+                f"{case.kind}: {case.name}: {'; '.join(found)} | {outcome.stderr[:300]!r}",
+                flush=True,
+            )
     for (kind, code), count in sorted(counts.items()):
         print(f"{kind:20} exit {code}: {count}")
     print(f"{len(cases)} cases, {failed} do not hold")
