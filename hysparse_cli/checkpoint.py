@@ -5,6 +5,7 @@ holds names, shapes and places; no weight is read.
 """
 
 import fnmatch
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from hysparse_cli.config_json import MOST_BYTES, check_config, check_counts
 from hysparse_cli.errors import UnreadableInput, UnsupportedModel, reads
+from hysparse_cli.printable import printable, single_line
 from hysparse_cli.reading import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -21,8 +24,11 @@ SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*",
 CODE_FILES = ("*.py",)
 _NOT_SIDE_FILES = ("config.json", "*.index.json", "hysparse_*", "adapter_*", "trainer_state.json")
 _CHAT_TEMPLATES = "additional_chat_templates"
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 16 << 20  # 130,000 tensors
+_MAX_SIDE_FILE_BYTES = 256 << 20  # the largest tokenizers have 40 MB
+_ADAPTER = "adapter_config.json"
 _AGAIN = "download or save the checkpoint again"
 
 
@@ -75,16 +81,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises: UnreadableInput where the folder or the file is missing, or it is no JSON object.
     """
-    if not folder.exists():
-        raise UnreadableInput(f"{folder}: no such folder")
-    if not folder.is_dir():
+    with reads(folder):
+        exists, is_folder = folder.exists(), folder.is_dir()
+    if not exists:
+        raise UnreadableInput(f"{printable(folder)}: no such folder")
+    if not is_folder:
         raise UnreadableInput(f"{folder} is a file: give the folder that holds the checkpoint")
     path = folder / "config.json"
-    if not path.is_file():
+    if not _is_file(path):
+        if _is_file(folder / _ADAPTER):
+            raise _is_adapter(folder, "holds")
         raise UnreadableInput(
             f"{folder} has no config.json: give the folder of a Hugging Face checkpoint"
         )
-    config = read_json(path)
+    config = read_json(path, MOST_BYTES)
     if not isinstance(config, dict):
         raise UnreadableInput(f"{path} holds no JSON object")
     return config
@@ -93,35 +103,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read config.json and all headers.
 
-    Raises: UnreadableInput where something is missing, truncated or corrupt; UnsupportedModel where
-        the weights are pickled or quantised.
+    Raises: UnreadableInput where something is missing, truncated or corrupt, config.json has a
+        value that no model can have, or the folder holds an adapter; UnsupportedModel where the
+        weights are pickled or quantised.
     """
     config = read_config(folder)
-    if quantization := config.get("quantization_config"):
-        known = isinstance(quantization, dict)
-        method = quantization.get("quant_method", "unknown") if known else quantization
-        raise UnsupportedModel(
-            f"{folder / 'config.json'}: the weights are quantised (quant_method {method!r}): give "
-            "the checkpoint in bfloat16, float16 or float32"
-        )
+    if _is_file(folder / _ADAPTER):
+        raise _is_adapter(folder, "has, beside its weights,")
+    where = str(folder / "config.json")
+    check_config(config, where)
     index = _index(folder)
-    names = sorted(set(index.values())) or [SINGLE]
-    shards = tuple(_read_shard(folder / name) for name in names)
-    owner: dict[str, str] = {}
-    for tensor in (tensor for shard in shards for tensor in shard.tensors):
-        if tensor.name in owner:
-            raise UnreadableInput(
-                f"tensor {tensor.name} is in both {owner[tensor.name]} and {tensor.shard.name} of "
-                f"{folder}: remove the shard that does not belong"
-            )
-        owner[tensor.name] = tensor.shard.name
+    shards, owner = _read_shards(folder, sorted(set(index.values())) or [SINGLE])
     if lost := [name for name in sorted(index) if owner.get(name) != index[name]]:
         raise UnreadableInput(
-            f"{folder / INDEX} places {lost[0]} in {index[lost[0]]}, which does not hold it "
-            f"({len(lost)} such): {_AGAIN}"
+            f"{folder / INDEX} places {printable(lost[0])} in {index[lost[0]]}, which does not "
+            f"hold it ({len(lost)} such): {_AGAIN}"
         )
     if not owner:
         raise UnreadableInput(f"{folder} holds no tensors: {_AGAIN}")
+    check_counts(config, owner, where)
     return Checkpoint(folder=folder, config=config, shards=shards)
 
 
@@ -131,44 +131,85 @@ def side_files(folder: Path, *, with_code: bool = False) -> list[Path]:
     Tokenizer, chat templates, generation config, licence; Python code only ``with_code``.
     """
     patterns = SIDE_FILES + (CODE_FILES if with_code else ())
-    found = [
-        path.relative_to(folder)
-        for path in (*folder.iterdir(), *(folder / _CHAT_TEMPLATES).glob("*"))
-        if path.is_file()
-        and any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
-        and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_SIDE_FILES)
-    ]
+    with reads(folder):
+        found = [
+            path.relative_to(folder)
+            for path in (*folder.iterdir(), *(folder / _CHAT_TEMPLATES).glob("*"))
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
+            and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_SIDE_FILES)
+            and path.is_file()
+        ]
     return sorted(found)
 
 
 def copy_side_files(folder: Path, target: Path, *, with_code: bool = False) -> None:
-    """Copy ``side_files`` of ``folder`` to ``target`` as they are."""
+    """Copy ``side_files`` of ``folder`` to ``target`` as they are.
+
+    Raises: UnreadableInput where one can't be read, or is too large for what it should be.
+    """
     for name in side_files(folder, with_code=with_code):
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(folder / name, target / name)
+        with reads(folder / name):
+            source = (folder / name).open("rb")
+        with source:
+            size = os.fstat(source.fileno()).st_size
+            if size > _MAX_SIDE_FILE_BYTES:
+                raise UnreadableInput(
+                    f"{printable(folder / name)} has {size:,} bytes, more than such a file may have"
+                )
+            (target / name).parent.mkdir(exist_ok=True)
+            with (target / name).open("wb") as copy:
+                shutil.copyfileobj(source, copy)
 
 
 def _index(folder: Path) -> dict[str, str]:
     """Tensor -> shard, or an empty mapping where one file holds all."""
-    if (folder / SINGLE).is_file():
+    if _is_file(folder / SINGLE):
         return {}  # as transformers does: a single file wins over an index
     index = folder / INDEX
-    if not index.is_file():
+    if not _is_file(index):
         raise _no_weights(folder)
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UnreadableInput(f"{index} has no weight_map: {_AGAIN}")
-    for name in sorted({str(name) for name in weight_map.values()}):
-        if Path(name).name != name or not (folder / name).is_file():
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
             raise UnreadableInput(
-                f"{index} names {name}, which is not there: the download may be incomplete"
+                f"{index} places {printable(tensor)} in {printable(repr(name))}, which is no name "
+                f"of a file: {_AGAIN}"
+            )
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or not _is_file(folder / name):
+            raise UnreadableInput(
+                f"{index} names {printable(name)}, which is not there: the download may be "
+                "incomplete"
             )
     return weight_map
 
 
+def _is_file(path: Path) -> bool:
+    """Whether ``path`` is a file, and no pipe or folder.
+
+    Raises: UnreadableInput where the system refuses to say.
+    """
+    with reads(path):
+        return path.is_file()
+
+
+def _is_adapter(folder: Path, holds: str) -> UnreadableInput:
+    content = read_json(folder / _ADAPTER)
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return UnreadableInput(
+        f"{printable(folder)} {holds} an adapter ({_ADAPTER}) of {printable(base or 'a base')}: "
+        "merge it first, with peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+        ".merge_and_unload().save_pretrained(MERGED), and the tokenizer's save_pretrained(MERGED); "
+        f"if the weights are merged already, remove {_ADAPTER}"
+    )
+
+
 def _no_weights(folder: Path) -> UnreadableInput | UnsupportedModel:
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
+    with reads(folder):
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
     if pickled:
         return UnsupportedModel(
             f"{folder} holds pickled weights ({pickled[0]}), which are never read: load it with "
@@ -177,6 +218,22 @@ def _no_weights(folder: Path) -> UnreadableInput | UnsupportedModel:
     return UnreadableInput(
         f"{folder} has neither {SINGLE} nor {INDEX}: the download may be incomplete"
     )
+
+
+def _read_shards(folder: Path, names: list[str]) -> tuple[tuple[Shard, ...], dict[str, str]]:
+    """The shards, and tensor -> the shard that holds it, which must be one."""
+    shards: list[Shard] = []
+    owner: dict[str, str] = {}
+    for name in names:
+        shards.append(_read_shard(folder / name))
+        for tensor in shards[-1].tensors:
+            if tensor.name in owner:
+                raise UnreadableInput(
+                    f"tensor {printable(tensor.name)} is in both {owner[tensor.name]} and {name} "
+                    f"of {folder}: remove the shard that does not belong"
+                )
+            owner[tensor.name] = name
+    return tuple(shards), owner
 
 
 def _read_shard(path: Path) -> Shard:
@@ -204,10 +261,10 @@ def _read_shard(path: Path) -> Shard:
         raise UnreadableInput(f"{path} is truncated: {size} bytes of {end}; {_AGAIN}")
     try:
         # the library checks the rest: dtypes, shapes against sizes, overlaps, holes, excess bytes
-        with safe_open(path, "np"):
+        with reads(path), safe_open(path, "np"):
             pass
     except SafetensorError as error:
-        raise UnreadableInput(f"{path} is corrupt: {error}; {_AGAIN}") from None
+        raise UnreadableInput(f"{path} is corrupt: {single_line(error)}; {_AGAIN}") from None
     return Shard(path, size, tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.size))))
 
 
@@ -217,7 +274,10 @@ def _read_header(path: Path) -> tuple[int, bytes]:
         size = path.stat().st_size
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if length > _MAX_HEADER_BYTES:
-            raise UnreadableInput(f"{path} is corrupt: a header of {length} bytes; {_AGAIN}")
+            raise UnreadableInput(
+                f"{path} is corrupt: a header of {length} bytes, where {_MAX_HEADER_BYTES} are the "
+                f"most that are read; {_AGAIN}"
+            )
         raw = file.read(length)
     if size < _LENGTH_BYTES + length or length == 0:
         raise UnreadableInput(f"{path} is truncated in its header: {size} bytes; {_AGAIN}")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hysparse_cli.printable import printable
+from hysparse_cli.printable import printable, single_line
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
@@ -80,11 +80,11 @@ def from_system(error: OSError, what: object, *, writing: bool) -> HysparseError
     Args:
         what: the input or output. writing: whether it was being written.
     """
-    what, reason = printable(what), error.strerror or str(error)
+    reason, what = error.strerror or single_line(error), printable(what)
     if error.errno in _FULL:
         return OutOfResources(f"disk full while writing {what}: {reason}; free some space")
-    named = printable(error.filename or "")
-    other = f" ({named})" if named and named != what else ""
+    named = error.filename if isinstance(error.filename, str) else None
+    other = f" ({printable(named)})" if named and printable(named) != what else ""
     if error.errno in _SHORT:
         return OutOfResources(f"{what}: {reason}{other}; raise this limit (ulimit) or use less")
     if writing:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hysparse_cli.errors import UnsupportedModel
+from hysparse_cli.printable import printable
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def family_of(model_type: str) -> Family:
     if model_type in REFUSED:
         raise UnsupportedModel(f"{model_type} models can't become HySparse: {REFUSED[model_type]}")
     raise UnsupportedModel(
-        f"model family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+        f"model family {printable(repr(model_type))} is not supported; supported: "
+        f"{', '.join(FAMILIES)}"
     )
 
 

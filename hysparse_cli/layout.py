@@ -5,9 +5,11 @@ layer and the sparse ones that follow it are a hybrid block (paper, section 3.1)
 keys, values and selected block indices.
 """
 
+import re
 from dataclasses import dataclass
 
 from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.printable import printable
 
 FULL, SPARSE = "F", "S"
 
@@ -26,13 +28,14 @@ class Layout:
             raise InvalidRecipe("pattern is empty: give one letter a layer, such as FSSSF")
         if unknown := sorted(set(self.pattern) - {FULL, SPARSE}):
             raise InvalidRecipe(
-                f"pattern {self.pattern!r} has {', '.join(map(repr, unknown))}: "
+                f"pattern {printable(repr(self.pattern))} has "
+                f"{printable(', '.join(map(repr, unknown)))}: "
                 "only F (full attention) and S (sparse attention) are known"
             )
         if self.pattern[0] != FULL:
             raise InvalidRecipe(
-                f"pattern {self.pattern!r} begins with a sparse layer, which no full layer serves: "
-                "layer 0 must be F"
+                f"pattern {printable(repr(self.pattern))} begins with a sparse layer, which no "
+                "full layer serves: layer 0 must be F"
             )
 
     def __len__(self) -> int:
@@ -66,10 +69,10 @@ def from_ratio(ratio: str, num_layers: int, *, last_layer_full: bool = True) -> 
 
     Raises: InvalidRecipe where ``ratio`` is not ``1:N`` with N >= 0.
     """
-    full, separator, sparse = ratio.partition(":")
-    if not separator or full.strip() != "1" or not sparse.strip().isdigit():
-        raise InvalidRecipe(f"ratio {ratio!r} is not of the form 1:N, such as 1:3")
-    block = FULL + SPARSE * int(sparse)
+    found = re.fullmatch(r"\s*1\s*:\s*([0-9]{1,9})\s*", ratio)
+    if not found:
+        raise InvalidRecipe(f"ratio {printable(repr(ratio))} is not of the form 1:N, such as 1:3")
+    block = FULL + SPARSE * min(int(found[1]), num_layers)
     pattern = (block * (num_layers // len(block) + 1))[:num_layers]
     if last_layer_full:
         pattern = pattern[:-1] + FULL

@@ -1,6 +1,6 @@
 """Loading a checkpoint, dense or converted, to run it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +12,19 @@ from transformers.utils import logging
 
 from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.devices import out_of_memory_is
-from hysparse_cli.errors import HysparseError, OutOfResources, UnreadableInput, UnsupportedModel
+from hysparse_cli.errors import (
+    HysparseError,
+    OutOfResources,
+    UnreadableInput,
+    UnsupportedModel,
+    from_system,
+    system_error,
+)
 from hysparse_cli.families import FAMILIES
 from hysparse_cli.foreign import brings_code, check_code
 from hysparse_cli.model.config import MODEL_TYPE, spec_of
-from hysparse_cli.printable import single_line
+from hysparse_cli.printable import printable, single_line
 from hysparse_cli.source import locate
-
-ADAPTER = "adapter_config.json"
 
 
 class Loaded(NamedTuple):
@@ -47,11 +52,6 @@ def load(
     target = resolve_device(device)
     folder = locate(checkpoint, trust_remote_code=trust_remote_code).folder
     content = open_checkpoint(folder).config
-    if (folder / ADAPTER).exists():
-        raise UnreadableInput(
-            f"{folder / ADAPTER}: the checkpoint holds an adapter, which would be loaded with it: "
-            "merge it (peft's merge_and_unload), or remove its files"
-        )
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     trusted = trust_remote_code and content.get("model_type") not in (*FAMILIES, MODEL_TYPE)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -78,6 +78,8 @@ def load(
             f"{checkpoint} lacks {missing[0]} ({len(missing)} tensors in all): download or save it "
             "again"
         )
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.get_input_embeddings().register_forward_pre_hook(_within(tokenizer))
     return Loaded(model.eval(), tokenizer, folder)
 
 
@@ -89,6 +91,8 @@ def _refuses(checkpoint: str) -> Iterator[None]:
     except (HysparseError, MemoryError):
         raise
     except Exception as error:
+        if (refusal := system_error(error)) and refusal.errno is not None:
+            raise from_system(refusal, checkpoint, writing=False) from error
         reason = single_line(error)
         if "trust_remote_code" in reason:
             raise brings_code(checkpoint) from None
@@ -96,6 +100,22 @@ def _refuses(checkpoint: str) -> Iterator[None]:
             raise UnsupportedModel(f"{checkpoint} can't be loaded: {reason}") from error
         kind = type(error).__name__
         raise UnreadableInput(f"{checkpoint} can't be loaded: {kind}: {reason}") from error
+
+
+def _within(tokenizer: Any) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
+    """A hook of an embedding that refuses the ids which ``tokenizer`` has beyond it."""
+
+    def check(embedding: Any, args: tuple[torch.Tensor, ...]) -> None:
+        rows, highest = embedding.weight.shape[0], int(args[0].max()) if args[0].numel() else 0
+        if highest >= rows:
+            token = printable(repr(tokenizer.convert_ids_to_tokens(highest)))
+            raise UnreadableInput(
+                f"the text has token {token} of id {highest}, but the model embeds {rows} tokens "
+                f"of the tokenizer's {len(tokenizer)}: leave it out of the text, or give the "
+                "checkpoint its own tokenizer"
+            )
+
+    return check
 
 
 def load_to_measure(
@@ -128,7 +148,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except MemoryError:
         raise
-    except Exception as error:  # of many kinds where a file is not what it should be
+    except BaseException as error:  # of many kinds; a panic of tokenizers is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = single_line(error)
         if "trust_remote_code" in reason:
             raise brings_code(f"the tokenizer of {folder}") from None

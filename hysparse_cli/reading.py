@@ -9,16 +9,16 @@ import yaml
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput, reads
 from hysparse_cli.printable import single_line
 
-MOST_JSON_BYTES = 64 << 20  # an index of 500,000 tensors
+MOST_JSON_BYTES = 16 << 20  # an index of 130,000 tensors; lists of lists take 50 times as much
 MOST_YAML_BYTES = 256 << 10
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
     """The content of a JSON file in UTF-8, with or without a byte-order mark.
 
     Raises: UnreadableInput where the file can't be read, is too large or is no JSON.
     """
-    return parse_json(_read(path, MOST_JSON_BYTES), str(path))
+    return parse_json(_read(path, most_bytes), str(path))
 
 
 def parse_json(raw: bytes | str, where: str) -> Any:

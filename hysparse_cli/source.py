@@ -1,12 +1,14 @@
 """Where a model comes from: a folder, or a repository of the Hugging Face hub."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from hysparse_cli.checkpoint import CODE_FILES, SIDE_FILES
-from hysparse_cli.errors import OutOfResources, UnreadableInput
+from hysparse_cli.errors import UnreadableInput, from_system, reads, system_error
 from hysparse_cli.foreign import check_code
+from hysparse_cli.printable import printable, single_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -37,12 +39,14 @@ def locate(
     Raises: UnreadableInput where there is neither, the hub can't be reached, or it brings code that
         is not trusted.
     """
-    folder = Path(model).expanduser()
-    if folder.exists():
+    folder = Path(os.path.expanduser(model))
+    with reads(model):
+        exists = folder.exists()
+    if exists:
         check_code(folder, trust_remote_code=trust_remote_code)
         return Source(model, folder)
     if not _HUB_ID.fullmatch(model) or model.endswith((".git", ".safetensors")):
-        raise UnreadableInput(f"{model}: no such folder, and not the form of a hub id (owner/name)")
+        raise _no_hub_id(model)
     patterns = [*SIDE_FILES, *(CODE_FILES if trust_remote_code else ()), "*.safetensors"]
     source = _download(model, revision, patterns if weights else ["config.json"])
     check_code(source.folder, trust_remote_code=trust_remote_code)
@@ -52,7 +56,7 @@ def locate(
 def _download(model: str, revision: str | None, patterns: list[str]) -> Source:
     from huggingface_hub import errors, snapshot_download
 
-    at = f" at revision {revision!r}" if revision else ""
+    at = f" at revision {printable(repr(revision))}" if revision else ""
     try:
         folder = snapshot_download(model, revision=revision, allow_patterns=patterns)
     except errors.GatedRepoError:
@@ -60,7 +64,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Source:
             f"{model} is gated: ask for access on its page, then `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
-        raise UnreadableInput(f"{model} has no revision {revision!r} on the hub") from None
+        raise UnreadableInput(f"{model}{at}: the hub has no such revision") from None
     except errors.RepositoryNotFoundError:
         raise UnreadableInput(
             f"{model}: no such folder, and the hub has none such (private: `hf auth login`)"
@@ -70,10 +74,18 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Source:
             f"{model}{at}: no such folder, and the hub can't be reached: check the path or the "
             "network"
         ) from None
-    except errors.HfHubHTTPError as error:
-        reason = " ".join(str(error).split())
+    except errors.HFValidationError:
+        raise _no_hub_id(model) from None
+    except Exception as error:  # the hub's answers, and whatever its client makes of them
+        if (refusal := system_error(error)) and refusal.errno is not None:
+            raise from_system(refusal, f"the hub's cache of {model}{at}", writing=True) from None
+        reason = single_line(error)
         raise UnreadableInput(f"{model}{at}: the hub answered with an error: {reason}") from None
-    except OSError as error:
-        raise OutOfResources(f"can't download {model}{at}: {error.strerror or error}") from None
     path = Path(folder)
     return Source(model, path, path.name if path.parent.name == "snapshots" else None)
+
+
+def _no_hub_id(model: str) -> UnreadableInput:
+    return UnreadableInput(
+        f"{printable(model)}: no such folder, and not the form of a hub id (owner/name)"
+    )

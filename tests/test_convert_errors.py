@@ -49,7 +49,7 @@ DAMAGE: dict[str, tuple[Damage, int, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), 7, "has no config.json"),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), 7, "not valid JSON"),
     "no model_type": (set_config(model_type=None), 7, "no model_type"),
-    "bad config value": (set_config(num_hidden_layers="four"), 7, "no valid qwen3 config"),
+    "bad config value": (set_config(num_hidden_layers="four"), 7, "num_hidden_layers: "),
     "impossible sizes": (set_config(num_attention_heads=0), 7, "config.json"),
     "unknown family": (set_config(model_type="mamba"), 4, "supported: apertus"),
     "refused family": (set_config(model_type="gemma3"), 4, "rotary embedding differs by layer"),

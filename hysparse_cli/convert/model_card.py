@@ -1,8 +1,13 @@
 """The README.md of a converted checkpoint."""
 
+import re
+
 import yaml
 
 from hysparse_cli.convert.plan import CONTEXTS, Plan, readable
+from hysparse_cli.printable import printable
+
+_MARKUP = re.compile(r"[`|<>\[\]&\\*#{}$]")
 
 _BODY = """\
 # {name}, retrofitted into HySparse
@@ -60,8 +65,8 @@ def model_card(plan: Plan) -> str:
         "tags": ["hysparse", "sparse-attention", plan.config["base_model_type"]],
     }
     body = _BODY.format(
-        name=source.name if from_hub else source.folder.resolve().name,
-        revision=f" at revision {source.revision}" if from_hub else "",
+        name=_plain(source.name if from_hub else source.folder.resolve().name),
+        revision=f" at revision {_plain(source.revision)}" if from_hub else "",
         sparse=len(spec.layers.sparse_layers),
         layers=plan.num_layers,
         layout=spec.layout,
@@ -74,6 +79,11 @@ def model_card(plan: Plan) -> str:
         kv="\n".join(_kv_row(plan, name, tokens) for name, tokens in CONTEXTS.items()),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{body}"
+
+
+def _plain(name: object) -> str:
+    """``name`` without what Markdown or HTML would read as their own."""
+    return _MARKUP.sub("_", printable(name))
 
 
 def _kv_row(plan: Plan, name: str, tokens: int) -> str:

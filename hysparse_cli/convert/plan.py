@@ -8,6 +8,7 @@ from hysparse_cli.checkpoint import Checkpoint
 from hysparse_cli.convert.swaps import exchanged
 from hysparse_cli.kv_cache import KvCache
 from hysparse_cli.model.config import HysparseSpec, NewTensor
+from hysparse_cli.printable import printable
 from hysparse_cli.recipe import ConvertOptions
 from hysparse_cli.selection.fit import Fit
 from hysparse_cli.selection.result import Selection, Swaps
@@ -86,7 +87,7 @@ class Plan:
 
     @property
     def _title(self) -> str:
-        return f"{self.source.name}: {self.spec.layout}, {self.spec.pattern}"
+        return f"{printable(self.source.name)}: {self.spec.layout}, {self.spec.pattern}"
 
     @property
     def _shares(self) -> bool:
@@ -110,7 +111,7 @@ class Plan:
         if self.unused:
             found.append(
                 f"{len(self.unused)} tensors are kept but transformers will not load them, such "
-                f"as {self.unused[0]}"
+                f"as {printable(self.unused[0])}"
             )
         return found
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from hysparse_cli.errors import UnsupportedModel
+from hysparse_cli.printable import printable
 from hysparse_cli.recipe import ConvertOptions
 
 _PARAMETERS, _LONGEST = "rope_parameters", "max_position_embeddings"
@@ -29,8 +30,8 @@ def with_positions(config: dict[str, Any], options: ConvertOptions) -> dict[str,
             kind = part.get("rope_type", part.get("type", "default"))
             if kind != "default":
                 raise UnsupportedModel(
-                    f"config.json has {name} of type {kind!r}, worked out for the base and length "
-                    "it has: leave rope_theta and max_position_embeddings out"
+                    f"config.json has {name} of type {printable(repr(kind))}, worked out for the "
+                    "base and length it has: leave rope_theta and max_position_embeddings out"
                 )
     if options.rope_theta is not None:
         places = {name for name in (_BASE, _GPT_NEOX_BASE) if name in config}

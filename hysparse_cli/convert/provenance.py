@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli.checkpoint import Checkpoint, Shard
+from hysparse_cli.errors import reads
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -20,7 +21,8 @@ def provenance(checkpoint: Checkpoint, small: Sequence[Path]) -> dict[str, dict[
     """File -> ``bytes`` and ``sha256``; of a shard ``header_sha256``, and ``sha256`` if known."""
     files: dict[str, dict[str, Any]] = {}
     for name in (Path("config.json"), *small):
-        content = (checkpoint.folder / name).read_bytes()
+        with reads(checkpoint.folder / name):
+            content = (checkpoint.folder / name).read_bytes()
         files[str(name)] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
     for shard in checkpoint.shards:
         files[shard.path.name] = _of_shard(shard)
@@ -28,7 +30,7 @@ def provenance(checkpoint: Checkpoint, small: Sequence[Path]) -> dict[str, dict[
 
 
 def _of_shard(shard: Shard) -> dict[str, Any]:
-    with shard.path.open("rb") as file:
+    with reads(shard.path), shard.path.open("rb") as file:
         header = file.read(shard.header_size)
     known = {"bytes": shard.size, "header_sha256": sha256(header).hexdigest()}
     blob = shard.path.resolve().name

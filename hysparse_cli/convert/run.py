@@ -17,6 +17,7 @@ from typing import Any
 
 from hysparse_cli import layout as layouts
 from hysparse_cli.checkpoint import (
+    FLOATS,
     INDEX,
     SINGLE,
     Checkpoint,
@@ -25,6 +26,8 @@ from hysparse_cli.checkpoint import (
     read_config,
     side_files,
 )
+from hysparse_cli.config_json import without_switches
+from hysparse_cli.convert.loadable import Loadable, check_loadable
 from hysparse_cli.convert.model_card import model_card
 from hysparse_cli.convert.plan import Plan, readable
 from hysparse_cli.convert.positions import with_positions
@@ -44,6 +47,7 @@ from hysparse_cli.model.config import (
     converted_config,
     new_tensors,
 )
+from hysparse_cli.printable import printable
 from hysparse_cli.recipe import ConvertOptions, bytes_of, to_yaml
 from hysparse_cli.selection.fit import Fit, most_full_layers
 from hysparse_cli.selection.result import Selection, Swaps
@@ -61,7 +65,8 @@ OnProgress = Callable[[int, int], None]
 class Conversion:
     """A finished conversion. ``non_finite``: tensor -> how many of its values are NaN or infinite.
 
-    ``source_files``: what identifies each file that was read (see provenance.py).
+    ``source_files``: what identifies each file that was read (see provenance.py). ``loadable``:
+    what loading it showed (see loadable.py).
     """
 
     plan: Plan
@@ -70,17 +75,18 @@ class Conversion:
     source_files: dict[str, dict[str, Any]]
     non_finite: dict[str, int]
     seconds: float
+    loadable: Loadable
 
     @property
     def warnings(self) -> list[str]:
-        if not self.non_finite:
-            return self.plan.warnings
-        name, count = next(iter(self.non_finite.items()))
-        return [
-            *self.plan.warnings,
-            f"{len(self.non_finite)} tensors hold NaN or infinity, such as {name} "
-            f"({count} values): the model will not work",
-        ]
+        found = [*self.plan.warnings, *self.loadable.warnings]
+        if self.non_finite:
+            name, count = next(iter(self.non_finite.items()))
+            found.append(
+                f"{len(self.non_finite)} tensors hold NaN or infinity, such as {printable(name)} "
+                f"({count} values): the model will not work"
+            )
+        return found
 
     def table(self) -> Any:
         """What was written, in a line."""
@@ -126,9 +132,15 @@ def plan(
     if options.swap_attention is not None:
         check_family(family, config["model_type"])
     # transformers takes seconds to import: what can be refused without it was refused above
-    from hysparse_cli.convert.shapes import check_tensors, dense_config, expected_tensors
+    from hysparse_cli.convert.shapes import (
+        check_rotations,
+        check_tensors,
+        dense_config,
+        expected_tensors,
+    )
 
     checkpoint = open_checkpoint(source.folder)
+    config = without_switches(config)
     dense = dense_config(config, where)
     check_rope(getattr(dense, "rope_parameters", None))
     dense_kv = kv_cache_of(dense)
@@ -144,6 +156,7 @@ def plan(
     spec = _spec(options, _layout(options, dense.num_hidden_layers, fit, selection), pairs)
     expected = expected_tensors(dense, where)
     unused = check_tensors(checkpoint, expected)
+    check_rotations(expected.model, where)
     own_sinks = f"{family.attention.format(layer=0)}.sinks" in expected.shapes
     added = new_tensors(dense.num_attention_heads, dense.hidden_size, spec, own_sinks=own_sinks)
     by_layer = tuple(_names(added, family, spec, layer) for layer in range(len(spec.pattern)))
@@ -178,7 +191,8 @@ def execute(plan: Plan, out: Path, on_progress: OnProgress) -> Conversion:
 
     Args:
         on_progress: is told bytes done and bytes in all.
-    Raises: InvalidRecipe where ``out`` may not be written; OutOfResources where the disk is full.
+    Raises: InvalidRecipe where ``out`` may not be written; OutOfResources where the disk is full;
+        UnreadableInput where what would be written could not be loaded.
     """
     from hysparse_cli.convert.weights import write_weights
 
@@ -186,12 +200,13 @@ def execute(plan: Plan, out: Path, on_progress: OnProgress) -> Conversion:
     folder, options = plan.checkpoint.folder, plan.options
     with staged(out, overwrite=options.overwrite, inputs=[folder]) as partial:
         require_free_space(out, plan.output_bytes)
-        written = write_weights(plan, partial, on_progress)
-        if list(written.files) != [SINGLE]:
-            _write_json(partial / INDEX, written.index)
         copy_side_files(folder, partial, with_code=options.trust_remote_code)
         _write_json(partial / "config.json", plan.config)
         (partial / HUB_SHIM_NAME).write_text(HUB_SHIM, encoding="utf-8")
+        loadable = check_loadable(partial, folder, with_code=options.trust_remote_code)
+        written = write_weights(plan, partial, on_progress)
+        if list(written.files) != [SINGLE]:
+            _write_json(partial / INDEX, written.index)
         (partial / RECIPE_NAME).write_text(to_yaml(options), encoding="utf-8")
         (partial / "README.md").write_text(model_card(plan), encoding="utf-8")
         conversion = Conversion(
@@ -203,6 +218,7 @@ def execute(plan: Plan, out: Path, on_progress: OnProgress) -> Conversion:
             ),
             non_finite=written.non_finite,
             seconds=time.monotonic() - start,
+            loadable=loadable,
         )
         _write_json(partial / REPORT_NAME, conversion.as_json())
     return conversion
@@ -212,7 +228,8 @@ def _family(config: Mapping[str, Any], where: str, source: Source) -> Family:
     model_type = config.get("model_type")
     if model_type == MODEL_TYPE or "hysparse" in config:
         raise UnsupportedModel(
-            f"{source.name} is already a HySparse checkpoint: convert the dense one it came from"
+            f"{printable(source.name)} is already a HySparse checkpoint: convert the dense "
+            "one it came from"
         )
     if not isinstance(model_type, str):
         raise UnreadableInput(f"{where} has no model_type: give a Hugging Face checkpoint")
@@ -291,16 +308,15 @@ def _layout(
 
 def _dtype(checkpoint: Checkpoint, options: ConvertOptions) -> str:
     """The name of the dtype that most float weights will have."""
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     integers = {"I64", "I32", "I16", "I8", "U8", "BOOL"}
     sizes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
-        if tensor.dtype in names:
-            sizes[names[tensor.dtype]] += tensor.size
+        if tensor.dtype in FLOATS:
+            sizes[FLOATS[tensor.dtype]] += tensor.size
         elif tensor.dtype not in integers:
             raise UnsupportedModel(
-                f"{tensor.shard}: tensor {tensor.name} is {tensor.dtype}: give the checkpoint in "
-                "bfloat16, float16 or float32"
+                f"{tensor.shard}: tensor {printable(tensor.name)} is {tensor.dtype}: give the "
+                "checkpoint in bfloat16, float16 or float32"
             )
     if not sizes:
         raise UnreadableInput(f"{checkpoint.folder} holds no float weights")
@@ -335,4 +351,4 @@ def _new_config(
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

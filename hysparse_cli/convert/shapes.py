@@ -1,28 +1,36 @@
 """Does a checkpoint hold what its config promises? Compared with the dense model, unallocated."""
 
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import CRITICAL
 from typing import Any
 
-from hysparse_cli.checkpoint import Checkpoint
-from hysparse_cli.errors import UnreadableInput
+from hysparse_cli.checkpoint import FLOATS, Checkpoint, StoredTensor
+from hysparse_cli.errors import HysparseError, UnreadableInput
 from hysparse_cli.foreign import without_kernels
+from hysparse_cli.printable import printable, single_line
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+_OURS = re.compile(r"(?:^|\.)hysparse\.")
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the dense model has: ``tied`` tensors need not be on disk; ``ignored`` are known
-    leftovers; ``renamed`` families name or split some tensors otherwise on disk."""
+    """What the dense model has: those of its tensors that are no floats are ``integers``; ``tied``
+    ones need not be on disk; ``ignored`` are known leftovers; ``renamed`` families name or split
+    some tensors otherwise on disk. ``model`` is it, unallocated."""
 
     shapes: dict[str, tuple[int, ...]]
+    integers: frozenset[str]
     tied: frozenset[str]
     ignored: tuple[re.Pattern[str], ...]
     renamed: bool
+    model: Any
 
 
 def dense_config(config: Mapping[str, Any], where: str) -> Any:
@@ -30,18 +38,20 @@ def dense_config(config: Mapping[str, Any], where: str) -> Any:
 
     Raises: UnreadableInput where transformers does not accept a value.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    model_type = config["model_type"]
+    known: Any = CONFIG_MAPPING[model_type]
+    for name in config:
+        if callable(getattr(known, name, None)) or name == "attribute_map":
+            raise UnreadableInput(
+                f"{where}: {name} is no setting of {model_type} models: remove it"
+            )
     values = without_kernels(config)
     values = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
-    try:
-        return AutoConfig.for_model(config["model_type"], **values)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UnreadableInput(
-            f"{where} is no valid {config['model_type']} config: {reason}"
-        ) from None
+    with building(f"{where} is no valid {model_type} config"):
+        return AutoConfig.for_model(model_type, **values)
 
 
 def expected_tensors(config: Any, where: str) -> Expected:
@@ -49,25 +59,80 @@ def expected_tensors(config: Any, where: str) -> Expected:
 
     Raises: UnreadableInput where the config describes no model.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False
-            )
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UnreadableInput(f"{where} describes no model that can be built: {reason}") from None
+    with building(f"{where} describes no model that can be built"):
+        model = unallocated(config)
     renamed = get_model_conversion_mapping(model, add_legacy=False)
+    state = model.state_dict()
     return Expected(
-        shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
+        integers=frozenset(n for n, tensor in state.items() if not tensor.is_floating_point()),
         tied=frozenset(model.all_tied_weights_keys),
         ignored=tuple(map(re.compile, model._keys_to_ignore_on_load_unexpected or ())),
         renamed=bool(renamed),
+        model=model,
     )
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Let whatever transformers raises, in building something from a file, be that file's fault.
+
+    Args:
+        what: the file, and what is wrong if transformers fails.
+    Raises: UnreadableInput with the library's reason.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except HysparseError:
+        raise
+    except Exception as error:
+        reason = single_line(error) or type(error).__name__
+        raise UnreadableInput(f"{what}: {reason}") from error
+    finally:
+        logging.set_verbosity(before)
+
+
+def unallocated(config: Any) -> Any:
+    """The causal language model of a transformers config, on torch's meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+
+
+def check_rotations(model: Any, where: str) -> None:
+    """Rotate the first positions for real, as config.json says.
+
+    Args:
+        model: unallocated, of sizes that are known to be those of the weights.
+    Raises: UnreadableInput where a rotation is not finite or does not fit the heads.
+    """
+    import torch
+
+    with building(f"{where}: its rotary parameters can't be used"):
+        for part in {
+            type(part): part for part in model.modules() if hasattr(part, "inv_freq")
+        }.values():
+            config = part.config
+            head_dim = getattr(config, "head_dim", None) or (
+                config.hidden_size // config.num_attention_heads
+            )
+            if part.inv_freq.numel() * 2 > head_dim:
+                raise ValueError(f"{part.inv_freq.numel()} pairs do not fit heads of {head_dim}")
+            rotary = type(part)(config)
+            for turned in rotary(torch.zeros(1, 2, 1), torch.arange(2)[None]):
+                if not torch.isfinite(turned).all():
+                    raise ValueError("they give no finite numbers")
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:
@@ -76,14 +141,25 @@ def check_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:
     Where a family names tensors otherwise on disk, or splits them as it does experts, those whose
     names differ are compared by how many numbers each layer holds.
 
-    Raises: UnreadableInput naming the first tensor that is missing or has another shape.
+    Raises: UnreadableInput naming the first tensor that is missing, has another shape, holds
+        integers where the model has floats or the reverse, or has the name of one that HySparse
+        adds.
     """
     stored = checkpoint.tensors
+    for name, tensor in stored.items():
+        if _OURS.search(name):
+            raise UnreadableInput(
+                f"{tensor.shard}: tensor {printable(name)} has the name of one that HySparse adds: "
+                "give the dense checkpoint, or the config.json of the converted one"
+            )
+        if name in expected.shapes or expected.renamed:
+            _check_kind(tensor, floats=name not in expected.integers)
     for name, shape in expected.shapes.items():
         if name in stored and stored[name].shape != shape:
             raise UnreadableInput(
-                f"{stored[name].shard}: tensor {name} has shape {list(stored[name].shape)}, but "
-                f"config.json makes it {list(shape)}: config and weights do not belong together"
+                f"{stored[name].shard}: tensor {name} has shape "
+                f"{printable(list(stored[name].shape))}, but config.json makes it "
+                f"{printable(list(shape))}: config and weights do not belong together"
             )
     missing = [name for name in expected.shapes if name not in stored and name not in expected.tied]
     unused = [
@@ -110,6 +186,14 @@ def check_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:
             "and weights do not belong together, or the download is incomplete"
         )
     return unused
+
+
+def _check_kind(tensor: StoredTensor, *, floats: bool) -> None:
+    if (tensor.dtype in FLOATS) != floats and not _DERIVED.search(tensor.name):
+        raise UnreadableInput(
+            f"{tensor.shard}: tensor {printable(tensor.name)} is {printable(tensor.dtype)}, but "
+            f"the model has {'floats' if floats else 'integers'} there: save the checkpoint again"
+        )
 
 
 def _numbers(shapes: Mapping[str, Iterable[int]]) -> Counter[str]:

@@ -15,7 +15,8 @@ from typing import IO, Any
 import torch
 
 from hysparse_cli.checkpoint import Shard, StoredTensor
-from hysparse_cli.errors import UnreadableInput
+from hysparse_cli.errors import UnreadableInput, reads
+from hysparse_cli.printable import printable
 
 DTYPES = {
     "F64": torch.float64,
@@ -79,7 +80,7 @@ class ShardWriter:
     def copy(self, shard: Shard, name: str) -> None:
         """Write ``shard`` under ``name``, byte for byte."""
         with (
-            shard.path.open("rb", buffering=0) as source,
+            _open(shard.path) as source,
             (self._folder / name).open("xb", buffering=0) as target,
         ):
             _write(target, source.read(shard.header_size))
@@ -103,7 +104,7 @@ class ShardWriter:
                     filled = torch.full(piece.shape, piece.fill, dtype=piece.dtype)
                     _write(target, _raw(filled))
                     continue
-                with piece.source.shard.open("rb", buffering=0) as source:
+                with _open(piece.source.shard) as source:
                     for values in self._read(piece.source, source):
                         cast = values.to(piece.dtype)
                         self._look_at(piece.name, cast)
@@ -157,10 +158,18 @@ def _write(target: IO[bytes], data: bytes | memoryview) -> None:
         view = view[target.write(view) :]
 
 
+def _open(shard: Path) -> IO[bytes]:
+    with reads(shard):
+        return shard.open("rb", buffering=0)
+
+
 def _read_into(source: IO[bytes], chunk: torch.Tensor, tensor: StoredTensor) -> None:
     view = _raw(chunk)
     while view:
-        read = source.readinto(view)  # type: ignore[attr-defined]
+        with reads(tensor.shard):
+            read = source.readinto(view)  # type: ignore[attr-defined]
         if not read:
-            raise UnreadableInput(f"{tensor.shard} became shorter while {tensor.name} was read")
+            raise UnreadableInput(
+                f"{tensor.shard} became shorter while {printable(tensor.name)} was read"
+            )
         view = view[read:]

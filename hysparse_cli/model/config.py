@@ -5,17 +5,23 @@ family's name a checkpoint would silently load as the dense model. In memory it 
 family's config class (see registration.py).
 """
 
+import json
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import Any, Literal
+from functools import cache, cached_property
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.layout import Layout
+from hysparse_cli.printable import printable, single_line
 
 MODEL_TYPE = "hysparse"
 FORMAT_VERSION = 1
 SINK_OFF = -10.0  # a sink's start: next to nothing, yet finite, or its gradient would be dead
 NO_WINDOW_TOKENS = 2  # transformers' smallest window: its cache then holds one token
 
+Size = Annotated[int, Field(ge=1, lt=2**31)]
 LayoutName = Literal["hysparse", "hybrid-swa", "full"]
 SparseKv = Literal["shared", "own"]
 WindowKv = Literal["own", "shared", "none"]
@@ -44,11 +50,13 @@ class HysparseSpec:
     Raises: ValueError where the switches do not fit the layout.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
     pattern: str
     layout: LayoutName = "hysparse"
-    block_size: int = 64
-    top_k_tokens: int = 1024
-    window_tokens: int = 128
+    block_size: Size = 64
+    top_k_tokens: Size = 1024
+    window_tokens: Annotated[int, Field(ge=NO_WINDOW_TOKENS, lt=2**31)] = 128
     sparse_kv: SparseKv = "shared"
     window_kv: WindowKv = "own"
     swapped: tuple[tuple[int, int], ...] = ()
@@ -150,14 +158,33 @@ def converted_config(base: dict[str, Any], spec: HysparseSpec) -> dict[str, Any]
 def spec_of(config: Any) -> HysparseSpec | None:
     """The spec of a transformers config or of a config.json's contents; None for a dense model.
 
-    Raises: ValueError where a newer hysparse wrote it.
+    Raises: ValueError where a newer hysparse wrote it; UnreadableInput where none did.
     """
     section = config.get("hysparse") if isinstance(config, dict) else vars(config).get("hysparse")
     if section is None:
         return None
-    if section.get("version") != FORMAT_VERSION:
+    version = section.get("version") if isinstance(section, dict) else FORMAT_VERSION
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"hysparse.version in config.json is {section.get('version')!r}, but this hysparse "
+            f"hysparse.version in config.json is {printable(repr(version))}, but this hysparse "
             f"reads version {FORMAT_VERSION}: install a newer hysparse"
         )
-    return HysparseSpec(**section | {"swapped": tuple(map(tuple, section.get("swapped", ())))})
+    try:
+        # as JSON, whose lists are Python's tuples
+        spec = _adapter().validate_json(json.dumps(section), strict=True)
+        Layout(spec.pattern)
+        return spec
+    except InvalidRecipe as error:
+        raise UnreadableInput(f"hysparse.pattern in config.json: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, ("hysparse", *first["loc"])))
+        raise UnreadableInput(
+            f"{field} in config.json: {single_line(first['msg'])} (it has "
+            f"{printable(repr(first['input']))}): convert the dense checkpoint again"
+        ) from None
+
+
+@cache
+def _adapter() -> TypeAdapter[HysparseSpec]:
+    return TypeAdapter(HysparseSpec)

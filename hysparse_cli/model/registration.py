@@ -12,6 +12,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hysparse_cli.errors import UnreadableInput
 from hysparse_cli.families import check_rope, family_of
 from hysparse_cli.model.config import (
     HUB_SHIM,
@@ -34,9 +35,15 @@ class HySparseConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         """The in-memory config of a converted checkpoint.
 
         Raises: UnsupportedModel for a base family that is not supported; ValueError for a section
-            this version can't read.
+            this version can't read; UnreadableInput for one that no version has written.
         """
-        return config_class(config_dict["base_model_type"]).from_dict(config_dict, **kwargs)
+        family = config_dict.get("base_model_type")
+        if not isinstance(family, str) or config_dict.get("hysparse") is None:
+            raise UnreadableInput(
+                f"config.json has model_type {MODEL_TYPE}, but no base_model_type or no section "
+                f"{MODEL_TYPE}: convert the dense checkpoint again"
+            )
+        return config_class(family).from_dict(config_dict, **kwargs)
 
 
 @cache
@@ -69,6 +76,12 @@ class _FromBase:
         built = super().from_dict(base, **kwargs)  # type: ignore[misc]
         config = built[0] if isinstance(built, tuple) else built
         check_rope(getattr(config, "rope_parameters", None))
+        if len(spec.pattern) != config.num_hidden_layers:
+            raise UnreadableInput(
+                f"hysparse.pattern in config.json has {len(spec.pattern)} letters, but there "
+                f"are {config.num_hidden_layers} layers (num_hidden_layers): "
+                "convert the dense checkpoint again"
+            )
         config.hysparse = config_dict["hysparse"]
         if sparse:  # after construction: some families' constructors overwrite them
             config.layer_types = spec.layer_types

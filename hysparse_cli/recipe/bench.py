@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section
+from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section, Seed
 
 Phase = Literal["memory", "prefill", "decode", "train"]
 SubjectName = Literal["dense", "dense-cudnn", "dense-flash", "hybrid-swa", "hysparse"]
@@ -53,7 +53,7 @@ class BenchOptions(Section):
     dtype: Dtype = "auto"
     device: Device = "auto"
     trust_remote_code: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> "BenchOptions":
@@ -88,7 +88,7 @@ class KernelBenchOptions(Section):
     measure_ms: Positive = 100
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Device = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def head_counts(self) -> list[tuple[int, int]]:

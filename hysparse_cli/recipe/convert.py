@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hysparse_cli.model.config import LayoutName, SparseKv, WindowKv, check_switches
-from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Real, Section, Size
+from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Real, Section, Seed, Size
 
 Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
 Init = Literal["constant", "copy", "aligned"]
@@ -46,8 +46,8 @@ class ConvertOptions(Section):
     last_layer_full: bool = True
     block_size: Positive = 64
     top_k_tokens: Positive = 1024
-    window_tokens: Annotated[int, Field(gt=1)] = 128
-    rope_theta: Annotated[Real, Field(gt=0)] | None = None
+    window_tokens: Annotated[int, Field(gt=1, lt=2**31)] = 128
+    rope_theta: Annotated[Real, Field(gt=0, le=1e15)] | None = None
     max_position_embeddings: Positive | None = None
     sparse_kv: SparseKv = "shared"
     window_kv: WindowKv = "own"
@@ -60,8 +60,8 @@ class ConvertOptions(Section):
     calibration: FilePath | None = None
     calibration_text_field: str = "text"
     calibration_tokens: Positive = 16384
-    calibration_sequence_tokens: Annotated[int, Field(gt=1)] | None = None
-    seed: int = 0
+    calibration_sequence_tokens: Annotated[int, Field(gt=1, lt=2**31)] | None = None
+    seed: Seed = 0
     scores: FilePath | None = None
     device: Device = "auto"
     revision: str | None = None

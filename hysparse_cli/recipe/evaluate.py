@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section
+from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section, Seed
 
 Form = Literal["magic-number", "secret", "key-value", "recall"]
 Family = Literal[
@@ -46,7 +46,7 @@ class EvalOptions(Section):
     dtype: Dtype = "auto"
     device: Device = "auto"
     trust_remote_code: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("retrieval_forms", mode="before")
     @classmethod

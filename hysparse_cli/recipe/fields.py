@@ -8,12 +8,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the user's home
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 # YAML reads 1e-3 as a string, so numbers with a point are not held to strict types.
-Real = Annotated[float, Field(strict=False)]
+Real = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Fraction = Annotated[Real, Field(ge=0, le=1)]
 Beta = Annotated[Real, Field(ge=0, lt=1)]
+
+
+def _file_path(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("no file's name has a NUL character")
+    return os.path.expanduser(path)  # ~ is the user's home
+
+
+FilePath = Annotated[str, AfterValidator(_file_path)]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -23,7 +32,7 @@ def bytes_of(size: str) -> int:
 
     Raises: ValueError where it is not a number and a unit.
     """
-    found = re.fullmatch(r"([0-9]+) ?([A-Za-z]*)", size.strip())
+    found = re.fullmatch(r"([0-9]{1,18}) ?([A-Za-z]*)", size.strip())
     if not found or found[2].upper() not in _UNITS or not int(found[1]):
         raise ValueError("not a size such as 5GB, 500MB or 2GiB")
     return int(found[1]) * _UNITS[found[2].upper()]

@@ -14,6 +14,7 @@ from hysparse_cli.recipe.fields import (
     Positive,
     Real,
     Section,
+    Seed,
 )
 
 Objective = Literal["align", "distill", "train"]
@@ -147,7 +148,7 @@ class FinetuneOptions(Section):
     dtype: Dtype = "auto"
     device: Device = "auto"
     trust_remote_code: bool = False
-    seed: int = 0
+    seed: Seed = 0
     overwrite: bool = False
 
     @property

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from hysparse_cli.recipe.fields import Device, Dtype, Fraction, Positive, Real, Section
+from hysparse_cli.recipe.fields import Device, Dtype, Fraction, Positive, Real, Section, Seed
 
 
 class GenerateOptions(Section):
@@ -19,4 +19,4 @@ class GenerateOptions(Section):
     dtype: Dtype = "auto"
     device: Device = "auto"
     trust_remote_code: bool = False
-    seed: int = 0
+    seed: Seed = 0

@@ -1,6 +1,6 @@
 """Options of ``hysparse inspect-topk``."""
 
-from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section
+from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section, Seed
 
 
 class InspectOptions(Section):
@@ -28,4 +28,4 @@ class InspectOptions(Section):
     dtype: Dtype = "auto"
     device: Device = "auto"
     trust_remote_code: bool = False
-    seed: int = 0
+    seed: Seed = 0

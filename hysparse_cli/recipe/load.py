@@ -100,7 +100,7 @@ def layer_pairs(field: str, text: str | None) -> str | list[list[int]] | None:
     """
     if text is None or text == "auto":
         return text
-    if not re.fullmatch(r"[0-9]+:[0-9]+(,[0-9]+:[0-9]+)*", text):
+    if not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}(,[0-9]{1,9}:[0-9]{1,9})*", text):
         raise InvalidRecipe(
             f"{field} {text!r} is neither auto nor pairs of layers such as 8:9,10:11"
         )
@@ -114,7 +114,7 @@ def token_counts(field: str, text: str | None) -> list[int] | None:
     """
     if text is None:
         return None
-    parts = [re.fullmatch(r"([0-9]+)([kK]?)", part.strip()) for part in text.split(",")]
+    parts = [re.fullmatch(r"([0-9]{1,9})([kK]?)", part.strip()) for part in text.split(",")]
     if None in parts:
         raise InvalidRecipe(f"{field} {text!r} is not a list of lengths such as 512,8k")
     return [int(part[1]) * (1024 if part[2] else 1) for part in parts if part is not None]
