@@ -1,5 +1,6 @@
 """Where a model comes from: a folder, or a repository of the Hugging Face hub."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ def locate(
         weights: download weights and tokenizer; without, config.json alone.
     Raises: UnreadableInput where there is neither, or the hub can't be reached.
     """
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if folder.exists():
         return Source(model, folder)
     if not _HUB_ID.fullmatch(model) or model.endswith((".git", ".safetensors")):

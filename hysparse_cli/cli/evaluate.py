@@ -4,17 +4,20 @@ from typing import Annotated
 
 import typer
 
-from hysparse_cli.cli.shared import AsJson, Assignments, Device, Dtype, RecipeFile, show
+from hysparse_cli.cli.shared import AsJson, Assignments, Device, Dtype, RecipeFile, given, show
 from hysparse_cli.errors import QualityGateFailed
 from hysparse_cli.progress import stages
 
 
 def evaluate(
-    checkpoints: Annotated[list[str], typer.Argument(help="Folders or hub ids, side by side.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Folders or hub ids, side by side.", parser=given)
+    ],
     recipe: RecipeFile = None,
     assignments: Assignments = None,
     data: Annotated[
-        str | None, typer.Option(help="Text, jsonl (.xz, .gz) or parquet file to read.")
+        str | None,
+        typer.Option(help="Text, jsonl (.xz, .gz) or parquet file to read.", parser=given),
     ] = None,
     sequence_tokens: Annotated[
         int | None, typer.Option(help="Tokens the loss is measured over at once.  [default: 2048]")
@@ -44,7 +47,8 @@ def evaluate(
         typer.Option(help="Exit with 6 unless it holds: loss<=dense+0.01, retrieval@8k>=0.9."),
     ] = None,
     output: Annotated[
-        str | None, typer.Option(help="Keep what is finished here, and go on from it.")
+        str | None,
+        typer.Option(help="Keep what is finished here, and go on from it.", parser=given),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="[default: 1]")] = None,
     dtype: Dtype = None,

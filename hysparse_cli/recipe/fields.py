@@ -1,14 +1,16 @@
 """The types of recipe fields, and what every section has in common."""
 
-import os
 import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from hysparse_cli.paths import check_given, expanded
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the user's home
+FilePath = Annotated[str, AfterValidator(expanded)]
+ModelName = Annotated[str, AfterValidator(check_given)]  # a folder or hub id
 Positive = Annotated[int, Field(gt=0)]
 # YAML reads 1e-3 as a string, so numbers with a point are not held to strict types.
 Real = Annotated[float, Field(strict=False)]
