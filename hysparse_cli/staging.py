@@ -1,49 +1,61 @@
-"""Output folders that are absent or whole: written beside their place, synced, then renamed there.
+"""Outputs that are absent or whole: written beside their place, synced, then renamed there.
 
-Everything goes to ``OUT.partial-<pid>``. A run that is killed leaves that folder, and the next run
-with the same OUT removes it; a run that fails or is interrupted removes it itself.
+Everything goes to ``OUT.partial-HOST-PID``. A run that is killed leaves that, and the next run with
+the same OUT removes it (see leftovers.py); a run that fails or is interrupted removes it itself.
+What appeared at OUT meanwhile is never replaced.
 """
 
 import errno
+import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-from safetensors import SafetensorError
+from hysparse_cli.errors import (
+    HysparseError,
+    Interrupted,
+    InvalidRecipe,
+    OutOfResources,
+    from_system,
+    system_error,
+    writes,
+)
+from hysparse_cli.interrupts import deferred
+from hysparse_cli.leftovers import PARTIAL, REPLACED, beside, claim, lock, recover, remove, settle
+from hysparse_cli.printable import printable
+from hysparse_cli.replaceable import (
+    FILES_NAME,
+    check_output,
+    check_replaceable,
+    files_to_note,
+)
 
-from hysparse_cli.errors import Interrupted, InvalidRecipe, OutOfResources
-
-PARTIAL, REPLACED = "partial", "replaced"
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY}
+_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
-def check_output(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
-    """Check that ``out`` may be written, before any work is done.
+def prepare_output(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Tidy up after runs that were killed, and check that ``out`` can be written, before any work.
 
-    Raises: InvalidRecipe where ``out`` holds something that may not be replaced, or overlaps one of
-        ``inputs`` (folders that the command reads).
+    Raises: InvalidRecipe as ``check_output`` does; OutOfResources where ``out`` can't be written.
     """
-    place = out.resolve()
-    for folder in (path.resolve() for path in inputs):
-        if place == folder:
-            raise InvalidRecipe(f"OUT {out} is the input itself: give another folder")
-        if place.is_relative_to(folder) or folder.is_relative_to(place):
-            raise InvalidRecipe(f"OUT {out} and the input {folder} overlap: give a folder outside")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InvalidRecipe(f"OUT {out} is not a folder: give another name")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise InvalidRecipe(f"OUT {out} is not empty: give another folder, or --overwrite")
-    if not (out / "config.json").is_file():
-        raise InvalidRecipe(
-            f"OUT {out} is not empty and holds no config.json, so it is no checkpoint and "
-            "--overwrite leaves it alone: give another folder"
-        )
+    recover(out)
+    check_output(out, overwrite=overwrite, inputs=inputs)
+    place = out.absolute()
+    with _of_output(out, place), _claimed(place, Path.mkdir):
+        pass
+
+
+def prepare_file(path: Path) -> None:
+    """As ``prepare_output``, for a file.
+
+    Raises: OutOfResources.
+    """
+    with writes(printable(path)):
+        recover(path)
+        with _claimed(path.absolute(), _new_file):
+            pass
 
 
 def require_free_space(out: Path, needed: int) -> None:
@@ -61,35 +73,24 @@ def require_free_space(out: Path, needed: int) -> None:
 def staged(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """A folder to fill, which becomes ``out`` when the block ends well and is removed otherwise.
 
-    Raises: InvalidRecipe as ``check_output`` does; OutOfResources where the disk is full or ``out``
-        can't be written.
+    Raises: InvalidRecipe as ``check_output`` does, at the beginning or at the end; OutOfResources
+        where the disk is full or ``out`` can't be written.
     """
     recover(out)
     check_output(out, overwrite=overwrite, inputs=inputs)
     place = out.absolute()
-    new_parents = [path for path in place.parents if not path.exists()]
-    partial = _beside(place, PARTIAL)
-    done = False
-    try:
-        partial.mkdir(parents=True)
+    with _of_output(out, place), _claimed(place, Path.mkdir) as partial:
         yield partial
+        if (note := files_to_note(partial)) is not None:
+            (partial / FILES_NAME).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         sync_tree(partial)
-        _replace(place, partial)
-        done = True
-    except OSError as error:
-        if error.errno not in _NO_SPACE | _NOT_ALLOWED:
-            raise
-        raise _unwritable(out, error) from error
-    except SafetensorError as error:
-        if "os error 28" not in str(error):
-            raise
-        raise _unwritable(out, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
-    finally:
-        if not done:
-            shutil.rmtree(partial, ignore_errors=True)
-            for path in new_parents:
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()
+        with deferred():
+            if overwrite and place.is_dir() and any(place.iterdir()):
+                _replace(out, partial, inputs)
+            else:
+                _put(out, partial)
+            with suppress(OSError):  # a folder may be closed to reading
+                sync(place.parent)
 
 
 def sync_tree(folder: Path) -> None:
@@ -116,21 +117,26 @@ def keeping(kept: Path | None) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, which then holds all of it or what it held before."""
+    """Write ``text`` to ``path``, which then holds all of it or what it held before.
+
+    Raises: OutOfResources where it can't be written.
+    """
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A place beside ``path`` to write, moved to ``path`` where nothing is raised."""
-    partial = _beside(path, PARTIAL)
-    try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """A file beside ``path`` to write to, moved to ``path`` where nothing is raised.
+
+    Raises: OutOfResources where it can't be written.
+    """
+    with writes(printable(path)):
+        recover(path)
+        with _claimed(path.absolute(), _new_file) as partial:
+            yield partial
+            sync(partial)
+            partial.replace(path)
 
 
 def sync(path: Path) -> None:
@@ -142,48 +148,80 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def recover(out: Path) -> None:
-    """Tidy up after runs that were killed: remove what they left, restore what they set aside."""
-    place = out.absolute()
-    if not place.parent.is_dir():
-        return
-    for kind in (REPLACED, PARTIAL):
-        for left in place.parent.glob(f"{_escaped(place.name)}.{kind}-*"):
-            owner = left.name.rpartition("-")[2]
-            if not owner.isdigit() or (int(owner) != os.getpid() and psutil.pid_exists(int(owner))):
-                continue
-            if kind == REPLACED and not place.exists():
-                left.rename(place)
-            else:
-                shutil.rmtree(left)
-
-
-def _replace(place: Path, partial: Path) -> None:
-    old = _beside(place, REPLACED)
-    if place.exists() and any(place.iterdir()):
-        place.rename(old)
+def _put(out: Path, partial: Path) -> None:
+    """Give ``partial`` the name ``out``, if that is free: of two runs the first has it."""
     try:
-        partial.rename(place)
+        os.rename(partial, out)  # an empty folder gives way; anything else is an error
+    except OSError as error:
+        if error.errno not in _TAKEN or not os.path.lexists(out):
+            raise
+        raise InvalidRecipe(
+            f"OUT {printable(out)} appeared while this ran, and is left as it is: give another "
+            "folder, or --overwrite"
+        ) from None
+
+
+def _replace(out: Path, partial: Path, inputs: Sequence[Path]) -> None:
+    """Put ``partial`` in the place of ``out``, which is judged once more before it goes."""
+    name, old = printable(out), beside(out.absolute(), REPLACED)
+    check_output(out, overwrite=True, inputs=inputs)
+    handle = lock(out)
+    if handle is None:
+        raise InvalidRecipe(f"OUT {name} is being replaced by another run: give another folder")
+    try:
+        os.rename(out, old)
+        check_replaceable(old, name)  # nothing can be put into it by its name any more
+        _put(out, partial)
+    except InvalidRecipe as error:
+        settle(old, out.absolute())
+        kept = f"; what it held before is kept in {printable(old)}" if old.exists() else ""
+        raise InvalidRecipe(f"{error}{kept}") from None
     finally:
-        if old.exists() and not place.exists():
-            old.rename(place)
-    sync(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        settle(old, out.absolute())
+        os.close(handle)
 
 
-def _beside(place: Path, kind: str) -> Path:
-    return place.with_name(f"{place.name}.{kind}-{os.getpid()}")
+@contextmanager
+def _claimed(place: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """What lies beside ``place`` to be filled; what is left of it at the end is removed, and so are
+    the folders that were made for it, if they are empty."""
+    new_parents = [path for path in place.parents if not path.exists()]
+    partial, handle = beside(place, PARTIAL), None
+    try:
+        handle = claim(partial, make)
+        yield partial
+    finally:
+        if handle is not None:
+            remove(partial)
+            os.close(handle)
+        for path in new_parents:
+            with suppress(OSError):
+                path.rmdir()
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+def _new_file(path: Path) -> None:
+    path.open("x").close()
 
 
-def _unwritable(out: Path, error: OSError) -> OutOfResources:
-    if error.errno in _NO_SPACE:
-        return OutOfResources(
-            f"disk full while writing {out}: {error.strerror}; nothing was kept: free some space, "
-            "or give OUT on another disk"
-        )
-    where = error.filename or out
-    return OutOfResources(f"can't write {out}: {error.strerror or error} ({where})")
+@contextmanager
+def _of_output(out: Path, place: Path) -> Iterator[None]:
+    """Let the system's refusal to write below ``place`` be an OutOfResources; that of what is read
+    meanwhile is left to others.
+
+    Raises: OutOfResources.
+    """
+    try:
+        yield
+    except HysparseError:
+        raise
+    except Exception as error:
+        refusal = system_error(error)
+        if refusal is None:
+            raise
+        where = refusal.filename and Path(os.fsdecode(refusal.filename))
+        if where and not any(
+            where.is_relative_to(x) or x.is_relative_to(where)
+            for x in (place, beside(place, PARTIAL), beside(place, REPLACED))
+        ):
+            raise
+        raise from_system(refusal, printable(out), writing=True) from error

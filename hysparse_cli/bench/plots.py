@@ -1,7 +1,6 @@
 """PNG plots of a bench, drawn from its JSON: time, speed-up and memory against context."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hysparse_cli.bench.tables import tokens
@@ -71,10 +70,6 @@ class Plot:
         axes.grid(alpha=0.3)
         axes.legend()
         return figure
-
-    def draw(self, folder: Path) -> None:
-        """``name``.png in ``folder``."""
-        self.figure().savefig(folder / f"{self.name}.png")
 
 
 @dataclass

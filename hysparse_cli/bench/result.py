@@ -13,13 +13,15 @@ from hysparse_cli.bench.rows import Row, times_dense
 from hysparse_cli.bench.tables import COLUMNS, caption, cells_of_row
 from hysparse_cli.loading import short_names
 from hysparse_cli.recipe import BenchOptions
-from hysparse_cli.staging import write_whole
+from hysparse_cli.staging import whole_file, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
 SCHEMA = "hysparse.bench/2"
+RESULT, RECIPE = "bench.json", "recipe.yaml"
+WRITTEN_AFTER = ("bench.csv", "bench.md", RECIPE, "memory.png", "*-batch-*.png")
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,12 @@ class Bench:
 
     def write(self, folder: Path) -> None:
         """bench.json, bench.csv, bench.md and the plots, into a folder that is there."""
-        write_whole(folder / "bench.json", json.dumps(self.as_json(), indent=1) + "\n")
+        write_whole(folder / RESULT, json.dumps(self.as_json(), indent=1) + "\n")
         write_whole(folder / "bench.csv", self.as_csv())
         write_whole(folder / "bench.md", self.markdown())
         for plot in plots_of(self.as_json()):
-            plot.draw(folder)
+            with whole_file(folder / f"{plot.name}.png") as partial:
+                plot.figure().savefig(partial, format="png")
 
     def table(self) -> "Group":
         """A table a phase, and what they mean below."""

@@ -6,17 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hysparse_cli.bench.kept import Kept, writes_to
-from hysparse_cli.bench.result import Bench
+from hysparse_cli.bench.kept import Kept
+from hysparse_cli.bench.result import RECIPE, RESULT, WRITTEN_AFTER, Bench
 from hysparse_cli.bench.rows import Row, row_of
 from hysparse_cli.bench.stamp import clocks, environment
 from hysparse_cli.bench.subjects import subjects_of
-from hysparse_cli.bench.turns import Worker
+from hysparse_cli.bench.turns import Worker, interruptible
 from hysparse_cli.bench.worker import Cell, Failed
 from hysparse_cli.errors import OutOfResources
 from hysparse_cli.loading import resolve_device
 from hysparse_cli.recipe import BenchOptions, to_yaml
-from hysparse_cli.staging import keeping
+from hysparse_cli.results import prepare_results
+from hysparse_cli.staging import keeping, write_whole
 
 Progress = Callable[[str, int, int], None]
 
@@ -47,13 +48,15 @@ def bench(
         "subjects": [asdict(subject) for subject in subjects],
         **found,
     }
+    if output is not None:
+        prepare_results(output, RESULT, "hysparse.bench/", WRITTEN_AFTER)
     kept = Kept(output, stamp)
     done = {row.cell for row in kept.rows}
     waiting = [cell for cell in cells if (cell.phase, cell.context, cell.batch) not in done]
     if waiting or "ceilings" not in kept.found:
         readings = [*kept.found.get("clocks", []), clocks(device)]
         kept.find("clocks", readings)
-        with keeping(kept.path), ExitStack() as stack:
+        with keeping(kept.path), interruptible(), ExitStack() as stack:
             workers = [stack.enter_context(Worker(s, options)) for s in subjects]
             _measure(workers, waiting, options, kept, on_progress)
         kept.find("clocks", [*readings, clocks(device)])
@@ -66,9 +69,8 @@ def bench(
         kept.rows,
     )
     if output is not None:
-        with writes_to(output):
-            result.write(output)
-            (output / "recipe.yaml").write_text(to_yaml(options))
+        result.write(output)
+        write_whole(output / RECIPE, to_yaml(options))
     return result
 
 

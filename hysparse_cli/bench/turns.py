@@ -2,7 +2,12 @@
 
 import multiprocessing
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from typing import Any
+
+import psutil
 
 from hysparse_cli.bench.subjects import Subject
 from hysparse_cli.bench.worker import Cell, Failed, serve
@@ -38,12 +43,18 @@ class Worker:
         # a library that is imported may have asked it something.
         on_cpu = resolve_device(self.options.device).type == "cpu"
         context: Any = multiprocessing.get_context("forkserver" if on_cpu else "spawn")
-        if on_cpu:
-            context.set_forkserver_preload(["hysparse_cli.bench.worker"])
         self._connection, theirs = context.Pipe()
         arguments = (theirs, self.subject, self.options)
-        self._process = context.Process(target=serve, args=arguments, daemon=True)
-        self._process.start()
+        process = context.Process(target=serve, args=arguments, daemon=True)
+        if on_cpu:
+            context.set_forkserver_preload(["hysparse_cli.bench.worker"])
+            with _unheard():
+                forkserver.ensure_running()
+            process.start()  # waits for the imports, and may be interrupted meanwhile
+        else:
+            with _unheard():
+                process.start()
+        self._process = process
         theirs.close()
 
     @property
@@ -69,9 +80,10 @@ class Worker:
         return answer
 
     def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
         if self._process is None:
             return
-        self._connection.close()
         self._process.join(LEAVE_SECONDS)
         if self._process.exitcode is None:
             self._process.kill()
@@ -86,3 +98,29 @@ class Worker:
         if code is not None and code < 0:
             return f"crashed: {signal.Signals(-code).name}"
         return f"crashed: exit code {code}"
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let an interrupt end every process that was started in the block: one that was just being
+    started is known to nobody else."""
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in psutil.Process().children(recursive=True):
+            if process not in before:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        raise
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Let processes that are started here never hear Ctrl-C, which a terminal sends to all: they
+    would say so while they import; this process sees to them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

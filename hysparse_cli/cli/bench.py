@@ -12,6 +12,8 @@ from hysparse_cli.cli.shared import (
     Dtype,
     RecipeFile,
     TrustRemoteCode,
+    given,
+    given_path,
     not_for,
     show,
     write,
@@ -30,7 +32,9 @@ OF_MODELS = (
 def bench(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(help="A folder or hub id; or kernels: the attention ops by themselves."),
+        typer.Argument(
+            help="A folder or hub id; or kernels: the attention ops by themselves.", parser=given
+        ),
     ] = None,
     recipe: RecipeFile = None,
     assignments: Assignments = None,
@@ -38,7 +42,8 @@ def bench(
         str | None,
         typer.Option(
             help="Instead of a checkpoint: a folder, hub id, paper-7b or paper-80b-a3b, measured "
-            "with random weights."
+            "with random weights.",
+            parser=given,
         ),
     ] = None,
     random_weights: Annotated[
@@ -57,7 +62,8 @@ def bench(
         typer.Option(help="Of dense, dense-cudnn, dense-flash, hybrid-swa, hysparse."),
     ] = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="Another checkpoint to measure beside; may repeat.")
+        list[str] | None,
+        typer.Option(help="Another checkpoint to measure beside; may repeat.", parser=given),
     ] = None,
     phases: Annotated[
         str | None, typer.Option(help="Of memory, prefill, decode, train.  [default: not train]")
@@ -82,7 +88,8 @@ def bench(
         str | None,
         typer.Option(
             help="Blocks that sparse layers read: own, local or a file of inspect-topk; kernels: a "
-            "file.  [default: own; kernels: made up]"
+            "file.  [default: own; kernels: made up]",
+            parser=given,
         ),
     ] = None,
     ops: Annotated[
@@ -90,7 +97,10 @@ def bench(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="A folder for JSON, CSV and plots; a sweep goes on where it stopped."),
+        typer.Option(
+            help="A folder for JSON, CSV and plots; a sweep goes on where it stopped.",
+            parser=given_path,
+        ),
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -139,19 +149,20 @@ def bench(
 
 
 def _kernels(flags: dict[str, Any], format_: str) -> None:
-    from hysparse_cli.bench.kept import writes_to
     from hysparse_cli.bench.kernels.run import bench_kernels
     from hysparse_cli.recipe import KernelBenchOptions, load_section, name_list
+    from hysparse_cli.results import prepare_results
 
     not_for("bench kernels", flags, *OF_MODELS)
     flags["ops"] = name_list(flags["ops"])
     options = load_section(KernelBenchOptions, flags["recipe"], flags["assignments"], flags)
     output: Path | None = flags["output"]
+    if output is not None:
+        prepare_results(output, "kernels.json", "hysparse.bench-kernels/", ["kernels.md"])
 
     def keep(so_far: Any) -> None:
         if output is not None:
-            with writes_to(output):
-                so_far.write(output)
+            so_far.write(output)
 
     with stages() as advance:
         found = bench_kernels(options, advance, keep)

@@ -13,6 +13,7 @@ from hysparse_cli.cli.shared import (
     Overwrite,
     RecipeFile,
     TrustRemoteCode,
+    given,
     show,
     warn,
 )
@@ -20,7 +21,7 @@ from hysparse_cli.progress import progress, stages
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, or a hub id.", parser=given)],
     out: Out,
     recipe: RecipeFile = None,
     assignments: Assignments = None,
@@ -41,14 +42,17 @@ def convert(
     ] = None,
     batch: Annotated[int | None, typer.Option(help="With --fit: sequences.  [default: 1]")] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="Text or jsonl file to measure on.  [default: made up]")
+        str | None,
+        typer.Option(help="Text or jsonl file to measure on.  [default: made up]", parser=given),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(help="Tokens to measure on.  [default: 16384]")
     ] = None,
     scores: Annotated[
         str | None,
-        typer.Option(help="File that keeps what is measured.  [default: OUT.scores.json]"),
+        typer.Option(
+            help="File that keeps what is measured.  [default: OUT.scores.json]", parser=given
+        ),
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="One letter a layer: FSSSF...")] = None,
     full_layers: Annotated[str | None, typer.Option(help="Such as 0,4,8,11.")] = None,
@@ -102,6 +106,7 @@ def convert(
     """Turn a dense checkpoint into a HySparse one."""
     from hysparse_cli.convert.run import execute
     from hysparse_cli.convert.settle import settled_plan
+    from hysparse_cli.leftovers import left_alone
     from hysparse_cli.recipe import (
         ConvertOptions,
         integer_list,
@@ -109,8 +114,9 @@ def convert(
         load_section,
         token_count,
     )
+    from hysparse_cli.replaceable import check_output
     from hysparse_cli.source import locate
-    from hysparse_cli.staging import check_output
+    from hysparse_cli.staging import prepare_output
 
     flags = locals() | {
         "full_layers": integer_list("full_layers", full_layers),
@@ -119,7 +125,9 @@ def convert(
     }
     options = load_section(ConvertOptions, recipe, assignments, flags)
     source = locate(model, revision=options.revision, trust_remote_code=options.trust_remote_code)
-    check_output(out, overwrite=options.overwrite, inputs=[source.folder])
+    check = check_output if dry_run else prepare_output
+    check(out, overwrite=options.overwrite, inputs=[source.folder])
+    warn(left_alone(out))
     with stages() as advance_stage:
         plan = settled_plan(source, options, out, advance_stage)
     if not as_json:

@@ -11,6 +11,7 @@ from hysparse_cli.cli.shared import (
     Dtype,
     RecipeFile,
     TrustRemoteCode,
+    given,
     show,
 )
 from hysparse_cli.errors import QualityGateFailed
@@ -18,11 +19,14 @@ from hysparse_cli.progress import stages
 
 
 def evaluate(
-    checkpoints: Annotated[list[str], typer.Argument(help="Folders or hub ids, side by side.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Folders or hub ids, side by side.", parser=given)
+    ],
     recipe: RecipeFile = None,
     assignments: Assignments = None,
     data: Annotated[
-        str | None, typer.Option(help="Text, jsonl (.xz, .gz) or parquet file to read.")
+        str | None,
+        typer.Option(help="Text, jsonl (.xz, .gz) or parquet file to read.", parser=given),
     ] = None,
     sequence_tokens: Annotated[
         int | None, typer.Option(help="Tokens the loss is measured over at once.  [default: 2048]")
@@ -52,7 +56,8 @@ def evaluate(
         typer.Option(help="Exit with 6 unless it holds: loss<=dense+0.01, retrieval@8k>=0.9."),
     ] = None,
     output: Annotated[
-        str | None, typer.Option(help="Keep what is finished here, and go on from it.")
+        str | None,
+        typer.Option(help="Keep what is finished here, and go on from it.", parser=given),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="[default: 1]")] = None,
     dtype: Dtype = None,

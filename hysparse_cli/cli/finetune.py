@@ -18,7 +18,9 @@ from hysparse_cli.cli.shared import (
     Overwrite,
     RecipeFile,
     TrustRemoteCode,
+    given,
     show,
+    warn,
 )
 from hysparse_cli.progress import training_steps
 
@@ -30,10 +32,14 @@ def finetune(
     assignments: Assignments = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Text or jsonl file (.xz, .gz), parquet file, or hub:NAME, a data set."),
+        typer.Option(
+            help="Text or jsonl file (.xz, .gz), parquet file, or hub:NAME, a data set.",
+            parser=given,
+        ),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="A dense checkpoint to distill from.  [default: none]")
+        str | None,
+        typer.Option(help="A dense checkpoint to distill from.  [default: none]", parser=given),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="With stages: of all together.  [default: 200]")
@@ -49,7 +55,9 @@ def finetune(
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(help="auto: go on where OUT.state has state; or the folder of a state."),
+        typer.Option(
+            help="auto: go on where OUT.state has state; or the folder of a state.", parser=given
+        ),
     ] = None,
     nproc_per_node: Annotated[
         int | None, typer.Option(help="Start so many processes, one for each GPU.  [default: 1]")
@@ -70,8 +78,10 @@ def finetune(
 
         raise AlreadySaid(launch(sys.argv[1:], options))
     from hysparse_cli import finetune as finetuning
+    from hysparse_cli.leftovers import left_alone
 
     is_first = processes.rank() == 0
+    warn(left_alone(out) if is_first else [])
     with training_steps() if is_first else nullcontext(lambda now: None) as on_step:
         result = finetuning.finetune(checkpoint, out, options, on_step)
     if is_first:

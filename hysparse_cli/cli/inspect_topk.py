@@ -12,6 +12,7 @@ from hysparse_cli.cli.shared import (
     Dtype,
     RecipeFile,
     TrustRemoteCode,
+    given,
     show,
 )
 from hysparse_cli.progress import stages
@@ -27,7 +28,8 @@ def inspect_topk(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Or a text or jsonl file (.xz, .gz): its first document.  [default: made up]"
+            help="Or a text or jsonl file (.xz, .gz): its first document.  [default: made up]",
+            parser=given,
         ),
     ] = None,
     max_tokens: Annotated[
@@ -57,11 +59,14 @@ def inspect_topk(
     answer: Annotated[
         str | None, typer.Option(help="What the text should end in, knowing the needle.")
     ] = None,
-    html: Annotated[str | None, typer.Option(help="A page to write.")] = None,
-    png: Annotated[str | None, typer.Option(help="A picture to write.")] = None,
-    npz: Annotated[str | None, typer.Option(help="A file to write all arrays to.")] = None,
+    html: Annotated[str | None, typer.Option(help="A page to write.", parser=given)] = None,
+    png: Annotated[str | None, typer.Option(help="A picture to write.", parser=given)] = None,
+    npz: Annotated[
+        str | None, typer.Option(help="A file to write all arrays to.", parser=given)
+    ] = None,
     lists: Annotated[
-        str | None, typer.Option(help="A safetensors file of the lists, for bench --lists.")
+        str | None,
+        typer.Option(help="A safetensors file of the lists, for bench --lists.", parser=given),
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -70,7 +75,8 @@ def inspect_topk(
 ) -> None:
     """Show what full layers select, and how well it fits others.
 
-    A converted checkpoint runs as it is; a dense one densely, under the layout of convert.
+    A converted checkpoint runs as it is; a dense one densely, under the layout of convert. A file
+    that this command wrote is replaced, no other.
     """
     from hysparse_cli.recipe import (
         ConvertOptions,
@@ -86,7 +92,7 @@ def inspect_topk(
     asked = [f"--{name.replace('_', '-')}" for name in layout]
     from hysparse_cli import inspect_topk as inspection
 
-    inspection.check_files(options)
+    inspection.check_files(checkpoint, options)
     with stages() as on_stage:
         found = inspection.inspect_topk(checkpoint, options, planned, asked, on_stage)
     show(found, as_json)

@@ -12,11 +12,36 @@ from typing import Annotated, Any
 import typer
 
 from hysparse_cli.errors import InvalidRecipe, from_system
+from hysparse_cli.paths import check_given, expanded
 from hysparse_cli.printable import cells, printable
 
-Checkpoint = Annotated[str, typer.Argument(help="A folder or hub id, dense or converted.")]
-Out = Annotated[Path, typer.Argument(help="The folder to write.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML recipe.")]
+
+def given(text: str) -> str:
+    """What every argument and option that names a model, or a file or so, is read with.
+
+    Raises: typer.BadParameter where nothing can have that name.
+    """
+    try:
+        return check_given(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{printable(repr(text))}: {error}") from None
+
+
+def given_path(text: str) -> Path:
+    """What every argument and option that is a path alone is read with; ``~`` is the user's home.
+
+    Raises: typer.BadParameter where there can be no such path.
+    """
+    return Path(expanded(given(text)))
+
+
+Checkpoint = Annotated[
+    str, typer.Argument(help="A folder or hub id, dense or converted.", parser=given)
+]
+Out = Annotated[Path, typer.Argument(help="The folder to write.", parser=given_path)]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="YAML recipe.", parser=given_path)
+]
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="Any recipe field: section.field=value.")
 ]

@@ -1,10 +1,13 @@
 """What an evaluation has finished, on disk as it goes, so that a stopped one goes on from there."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from hysparse_cli.errors import InvalidRecipe, OutOfResources, UnreadableInput
+from hysparse_cli.errors import UnreadableInput, reads, writes
+from hysparse_cli.reading import parse_json
+from hysparse_cli.results import prepare_results
 from hysparse_cli.staging import sync, write_whole
 
 Key = dict[str, Any]
@@ -20,8 +23,8 @@ class State:
     and checkpoints, lengths and forms can be added to a folder. Without a folder nothing is kept
     beyond this process.
 
-    Raises: InvalidRecipe where ``folder`` is a file; UnreadableInput, OutOfResources where it can't
-        be read or written.
+    Raises: InvalidRecipe where ``folder`` is a file or holds an ``RESULT`` of something else;
+        UnreadableInput, OutOfResources where it can't be read or written.
     """
 
     def __init__(self, folder: Path | None):
@@ -29,14 +32,10 @@ class State:
         self._finished: dict[str, Found] = {}
         if folder is None:
             return
-        if folder.exists() and not folder.is_dir():
-            raise InvalidRecipe(f"output {folder} is a file: give a folder")
         self._path = folder / FINISHED
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        prepare_results(folder, RESULT, "hysparse.eval/")
+        with reads(self._path):
             self._read()
-        except OSError as error:
-            raise OutOfResources(f"output {folder}: {error.strerror or error}") from None
 
     def get(self, key: Key) -> Found | None:
         return self._finished.get(_name(key))
@@ -50,12 +49,10 @@ class State:
         if self.folder is None:
             return
         line = json.dumps({"key": key, "found": found}) + "\n"
-        try:
+        with writes(self._path):
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line)
             sync(self._path)
-        except OSError as error:
-            raise OutOfResources(f"output {self._path}: {error.strerror or error}") from None
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write ``result`` as ``RESULT``, which is there whole or not at all.
@@ -64,11 +61,7 @@ class State:
         """
         if self.folder is None:
             return
-        place = self.folder / RESULT
-        try:
-            write_whole(place, json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise OutOfResources(f"output {place}: {error.strerror or error}") from None
+        write_whole(self.folder / RESULT, json.dumps(result, indent=2) + "\n")
 
     def _read(self) -> None:
         """Take up what is there; a line that a killed run left unfinished is cut off."""
@@ -81,16 +74,16 @@ class State:
                     break
                 whole += len(line)
                 try:
-                    entry = json.loads(line)
+                    entry = parse_json(line, str(self._path))
                     self._finished[_name(entry["key"])] = entry["found"]
-                except (ValueError, KeyError, TypeError):
+                except (UnreadableInput, KeyError, TypeError):
                     raise UnreadableInput(
                         f"{self._path}, line {number} is not what hysparse eval wrote: give "
                         "another --output, or remove the file to measure again"
                     ) from None
         if whole < self._path.stat().st_size:
-            with self._path.open("r+b") as file:
-                file.truncate(whole)
+            with writes(self._path):
+                os.truncate(self._path, whole)
 
 
 def file_as_it_is(path: Path) -> list[Any]:

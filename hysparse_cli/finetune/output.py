@@ -13,7 +13,7 @@ from hysparse_cli.convert.model_card import UNTRAINED
 from hysparse_cli.finetune.lora import merged
 from hysparse_cli.finetune.result import FinetuneResult
 from hysparse_cli.loading import load
-from hysparse_cli.recipe import FinetuneOptions, to_yaml
+from hysparse_cli.recipe import FinetuneOptions, lasting, to_yaml
 
 RECIPE, REPORT = "hysparse_recipe.yaml", "hysparse_finetune.json"
 CARD, CONVERSION = "README.md", "hysparse_report.json"
@@ -66,5 +66,6 @@ def _recipe(source: Path, options: FinetuneOptions) -> str:
     """The recipe of the source's conversion, if it has one, with this run's section."""
     sections = yaml.safe_load(to_yaml(options))
     if (source / RECIPE).is_file():
-        sections = yaml.safe_load((source / RECIPE).read_text(encoding="utf-8")) | sections
+        before = yaml.safe_load((source / RECIPE).read_text(encoding="utf-8"))
+        sections = {name: lasting(section) for name, section in before.items()} | sections
     return yaml.safe_dump(sections, sort_keys=False)

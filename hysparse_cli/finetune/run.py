@@ -27,7 +27,7 @@ from hysparse_cli.loading import Loaded, load
 from hysparse_cli.processes import world_size
 from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.source import locate
-from hysparse_cli.staging import check_output, recover, require_free_space, staged
+from hysparse_cli.staging import prepare_output, require_free_space, staged
 
 STATE_BYTES = 12  # of a trained parameter: its weight and AdamW's two moments, in float32
 
@@ -59,7 +59,8 @@ def finetune(
             if group.is_first:
                 weights[name] = weight.cpu()
         if group.is_first:
-            with staged(out, overwrite=options.overwrite, inputs=[source]) as folder:
+            inputs = _inputs(source, options)
+            with staged(out, overwrite=options.overwrite, inputs=inputs) as folder:
                 write_checkpoint(folder, checkpoint, weights, options, result)
             remove_state(out)
         group.from_first(None)  # nobody leaves before the checkpoint is there
@@ -120,9 +121,13 @@ def _train(
 
 def _prepare(out: Path, source: Path, options: FinetuneOptions) -> Path | None:
     """Tidy up after earlier runs; the state to go on from, if any."""
-    recover(out)
-    check_output(out, overwrite=options.overwrite, inputs=[source])
+    prepare_output(out, overwrite=options.overwrite, inputs=_inputs(source, options))
     return begin_or_resume(out, options)
+
+
+def _inputs(source: Path, options: FinetuneOptions) -> list[Path]:
+    """The folders that OUT must not replace."""
+    return [source, *([locate(options.teacher).folder] if options.teacher else [])]
 
 
 def _check_processes(options: FinetuneOptions) -> None:

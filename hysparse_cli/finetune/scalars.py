@@ -1,12 +1,12 @@
 """Writing a run's scalars for TensorBoard or Weights & Biases, from the first process."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.errors import InvalidRecipe, writes
 from hysparse_cli.finetune.group import Group
 from hysparse_cli.finetune.result import PARTS, Progress
 from hysparse_cli.recipe import FinetuneOptions
@@ -34,7 +34,11 @@ def scalars(out: Path, options: FinetuneOptions, resumed_at: int, group: Group) 
     if options.log_to is None or not group.is_first:
         yield lambda now: None
         return
-    with _OPEN[options.log_to](out, options, resumed_at) as write:
+    folder = logs_folder(out)
+    with ExitStack() as stack:
+        with writes(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write = stack.enter_context(_OPEN[options.log_to](out, options, resumed_at))
 
         def log(now: Progress) -> None:
             write(_of(now), now.step.number)
@@ -81,7 +85,6 @@ def _wandb(out: Path, options: FinetuneOptions, resumed_at: int) -> Iterator[Wri
     import wandb
 
     folder = logs_folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         run: Any = wandb.init(
             project="hysparse",

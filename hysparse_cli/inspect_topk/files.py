@@ -1,43 +1,72 @@
 """The files that ``hysparse inspect-topk`` writes: each whole or not at all."""
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.errors import InvalidRecipe, writes
 from hysparse_cli.inspect_topk.result import Inspection
+from hysparse_cli.printable import printable
 from hysparse_cli.recipe import InspectOptions
-from hysparse_cli.staging import whole_file
+from hysparse_cli.replaceable import lies_in
+from hysparse_cli.staging import prepare_file, whole_file
+
+MARK = "hysparse inspect-topk"
+_BEGINNING_BYTES = 4096
 
 
-def check_files(options: InspectOptions) -> None:
-    """Raises: InvalidRecipe where a file can't be written, before any work is done."""
-    for kind in WRITERS:
-        path = getattr(options, kind)
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise InvalidRecipe(f"{kind} {path} can't be written: there is no such folder")
-        if path is not None and Path(path).is_dir():
-            raise InvalidRecipe(f"{kind} {path} can't be written: it is a folder")
+def check_files(checkpoint: str, options: InspectOptions) -> None:
+    """Check what can be checked before any work is done.
+
+    Raises: InvalidRecipe where a file is not to be written or replaced; OutOfResources where it
+        can't be.
+    """
+    taken: dict[str, str] = {}
+    for kind, path in _asked(options).items():
+        wrong = f"{kind} {printable(path)} can't be written"
+        with writes(printable(path)):
+            if not path.absolute().parent.is_dir():
+                raise InvalidRecipe(f"{wrong}: there is no such folder")
+            if path.is_dir():
+                raise InvalidRecipe(f"{wrong}: it is a folder")
+            if lies_in(path, Path(os.path.expanduser(checkpoint))):
+                raise InvalidRecipe(f"{wrong}: it lies in the checkpoint, which is left as it is")
+            if os.path.lexists(path) and not _is_ours(kind, path):
+                raise InvalidRecipe(
+                    f"{wrong}: something is there that is no {kind} of inspect-topk: give another "
+                    "name, or remove it"
+                )
+        if (other := taken.setdefault(os.path.realpath(path), kind)) != kind:
+            raise InvalidRecipe(f"{wrong}: {other} is to be written there")
+        prepare_file(path)
 
 
 def write_files(inspection: Inspection) -> None:
     """Write what the options name.
 
-    Raises: InvalidRecipe where a file can't be written.
+    Raises: OutOfResources where a file can't be written.
     """
-    for kind, write in WRITERS.items():
-        name = getattr(inspection.options, kind)
-        if name is None:
-            continue
-        path = Path(name)
-        try:
-            with whole_file(path) as partial:
-                write(inspection, partial)
-        except OSError as error:
-            reason = error.strerror or " ".join(str(error).split())
-            raise InvalidRecipe(f"{kind} {path} can't be written: {reason}") from None
+    for kind, path in _asked(inspection.options).items():
+        with whole_file(path) as partial:
+            WRITERS[kind](inspection, partial)
+
+
+def _asked(options: InspectOptions) -> dict[str, Path]:
+    """Kind -> where to write it."""
+    paths = {kind: getattr(options, kind) for kind in WRITERS}
+    return {kind: Path(path) for kind, path in paths.items() if path is not None}
+
+
+def _is_ours(kind: str, path: Path) -> bool:
+    """Whether an ordinary file begins as ``kind`` does where this command wrote it."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return BEGINNINGS[kind].match(file.read(_BEGINNING_BYTES)) is not None
 
 
 def arrays(inspection: Inspection) -> dict[str, Any]:
@@ -88,9 +117,15 @@ def _write_html(inspection: Inspection, path: Path) -> None:
 def _write_png(inspection: Inspection, path: Path) -> None:
     from hysparse_cli.inspect_topk.plot import as_figure
 
-    as_figure(inspection).savefig(path, format="png", dpi=150)
+    as_figure(inspection).savefig(path, format="png", dpi=150, metadata={"Software": MARK})
 
 
+BEGINNINGS = {
+    "html": re.compile(rb"<!doctype html>.*<title>inspect-topk: ", re.DOTALL),
+    "png": re.compile(rb"\x89PNG.*Software\0hysparse inspect-topk", re.DOTALL),
+    "npz": re.compile(rb"PK.{28}(map|kept|distances|selected)\.\d+\.npy", re.DOTALL),
+    "lists": re.compile(rb".{8}\{[^\0]*\"block_size\"", re.DOTALL),
+}
 WRITERS: dict[str, Callable[[Inspection, Path], None]] = {
     "html": _write_html,
     "png": _write_png,

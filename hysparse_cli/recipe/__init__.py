@@ -14,6 +14,7 @@ from hysparse_cli.recipe.inspect_topk import InspectOptions
 from hysparse_cli.recipe.load import (
     Recipe,
     integer_list,
+    lasting,
     layer_pairs,
     load_section,
     name_list,
@@ -34,6 +35,7 @@ __all__ = [
     "Section",
     "bytes_of",
     "integer_list",
+    "lasting",
     "layer_pairs",
     "load_section",
     "name_list",

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section, Seed
+from hysparse_cli.recipe.fields import Device, Dtype, FilePath, ModelName, Positive, Section, Seed
 
 Phase = Literal["memory", "prefill", "decode", "train"]
 SubjectName = Literal["dense", "dense-cudnn", "dense-flash", "hybrid-swa", "hysparse"]
@@ -32,7 +32,7 @@ class BenchOptions(Section):
     neighbours about as far as a trained model's, or a file of ``inspect-topk --lists``.
     """
 
-    config: str | None = None
+    config: ModelName | None = None
     random_weights: bool = False
     ratio: str | None = None
     pattern: str | None = None
@@ -41,7 +41,7 @@ class BenchOptions(Section):
     top_k_tokens: Positive = 1024
     window_tokens: Annotated[int, Field(gt=1)] = 128
     subjects: Annotated[list[SubjectName], Field(min_length=1)] | None = None
-    against: list[str] = []
+    against: list[ModelName] = []
     phases: Annotated[list[Phase], Field(min_length=1)] = ["memory", "prefill", "decode"]
     context: Annotated[list[Annotated[int, Field(gt=1)]], Field(min_length=1)] = [512, 2048]
     batch: Annotated[list[Positive], Field(min_length=1)] = [1]

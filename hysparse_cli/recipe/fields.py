@@ -1,28 +1,22 @@
 """The types of recipe fields, and what every section has in common."""
 
-import os
 import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from hysparse_cli.paths import check_given, expanded
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+FilePath = Annotated[str, AfterValidator(expanded)]
+ModelName = Annotated[str, AfterValidator(check_given)]  # a folder or hub id
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 # YAML reads 1e-3 as a string, so numbers with a point are not held to strict types.
 Real = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Fraction = Annotated[Real, Field(ge=0, le=1)]
 Beta = Annotated[Real, Field(ge=0, lt=1)]
-
-
-def _file_path(path: str) -> str:
-    if "\0" in path:
-        raise ValueError("no file's name has a NUL character")
-    return os.path.expanduser(path)  # ~ is the user's home
-
-
-FilePath = Annotated[str, AfterValidator(_file_path)]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

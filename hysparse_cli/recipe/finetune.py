@@ -11,6 +11,7 @@ from hysparse_cli.recipe.fields import (
     Dtype,
     FilePath,
     Fraction,
+    ModelName,
     Positive,
     Real,
     Section,
@@ -132,7 +133,7 @@ class FinetuneOptions(Section):
     adam_beta2: Beta = 0.95
     adam_epsilon: Annotated[Real, Field(gt=0)] = 1e-10
     max_grad_norm: Annotated[Real, Field(gt=0)] = 1.0
-    teacher: str | None = None
+    teacher: ModelName | None = None
     distill_weight: Fraction = 1.0
     hidden_weight: Weight = 0.0
     trainable: Trainable = "all"

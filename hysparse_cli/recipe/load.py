@@ -32,6 +32,8 @@ class Recipe(Section):
     generate: GenerateOptions = GenerateOptions()
 
 
+ONE_TIME = ("overwrite", "resume", "trust_remote_code")
+
 S = TypeVar("S", bound=Section)
 
 
@@ -134,9 +136,15 @@ def token_count(field: str, text: str | None) -> int | None:
 
 
 def to_yaml(section: Section) -> str:
-    """The resolved section as a recipe that ``load_section`` reads back unchanged."""
+    """The resolved section as a recipe that ``load_section`` reads back, all but the permissions
+    that were given for this one run."""
     name = next(n for n, field in Recipe.model_fields.items() if field.annotation is type(section))
-    return yaml.safe_dump({name: section.model_dump(mode="json")}, sort_keys=False)
+    return yaml.safe_dump({name: lasting(section.model_dump(mode="json"))}, sort_keys=False)
+
+
+def lasting(section: dict[str, Any]) -> dict[str, Any]:
+    """The options of a section without those that were allowed or asked for once."""
+    return {field: value for field, value in section.items() if field not in ONE_TIME}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

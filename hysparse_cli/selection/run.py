@@ -22,6 +22,7 @@ from hysparse_cli.selection.search import path_steps
 from hysparse_cli.selection.strategies import STRATEGIES, Strategy
 from hysparse_cli.selection.variants import Variants
 from hysparse_cli.source import Source
+from hysparse_cli.staging import prepare_file
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,11 +44,12 @@ def select(
     assert options.strategy is not None
     strategy = STRATEGIES[options.strategy]
     checkpoint = open_checkpoint(source.folder)
-    if not path.parent.is_dir():
+    if options.scores is not None and not path.parent.is_dir():
         raise InvalidRecipe(f"scores {path}: there is no folder {path.parent}, make it first")
     model = fingerprint(checkpoint)
     scores = read_scores(path, model, options) if path.exists() else None
     if scores is None or (strategy.path is not None and options.strategy not in scores.paths):
+        prepare_file(path)
         _measure(source, options, strategy, model, scores, on_progress).write(path)
         scores = read_scores(path, model, options)  # rounded as every later run will find it
     pattern = strategy.pick(scores, uniform.count(layouts.FULL))

@@ -46,13 +46,10 @@ class Scores:
     def write(self, path: Path) -> None:
         """Write the file whole or not at all.
 
-        Raises: InvalidRecipe where it can't be written.
+        Raises: OutOfResources where it can't be written.
         """
         text = json.dumps({"schema": SCHEMA} | rounded(asdict(self), DIGITS), indent=1)
-        try:
-            write_whole(path, text + "\n")
-        except OSError as error:
-            raise InvalidRecipe(f"scores {path} can't be written: {error.strerror}") from None
+        write_whole(path, text + "\n")
 
 
 def read_scores(path: Path, model: str, options: ConvertOptions) -> Scores:

@@ -208,8 +208,7 @@ class KernelBench:
         }
 
     def write(self, folder: Path) -> None:
-        """kernels.json and kernels.md, into a folder that is made where it is missing."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """kernels.json and kernels.md, into a folder that is there."""
         write_whole(folder / "kernels.json", json.dumps(self.as_json(), indent=1) + "\n")
         write_whole(folder / "kernels.md", self.markdown())
 
