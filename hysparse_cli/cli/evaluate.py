@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from hysparse_cli.cli.shared import AsJson, Assignments, Device, Dtype, RecipeFile, show
+from hysparse_cli.cli.shared import (
+    DATA,
+    AsJson,
+    Assignments,
+    Device,
+    Dtype,
+    RecipeFile,
+    SkipBadRows,
+    show,
+    warn,
+)
 from hysparse_cli.errors import QualityGateFailed
 from hysparse_cli.progress import stages
 
@@ -13,9 +23,8 @@ def evaluate(
     checkpoints: Annotated[list[str], typer.Argument(help="Folders or hub ids, side by side.")],
     recipe: RecipeFile = None,
     assignments: Assignments = None,
-    data: Annotated[
-        str | None, typer.Option(help="Text, jsonl (.xz, .gz) or parquet file to read.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help=f"{DATA}.")] = None,
+    skip_bad_rows: SkipBadRows = None,
     sequence_tokens: Annotated[
         int | None, typer.Option(help="Tokens the loss is measured over at once.  [default: 2048]")
     ] = None,
@@ -65,6 +74,7 @@ def evaluate(
 
     with stages() as advance:
         result = evaluation.evaluate(checkpoints, options, advance)
+    warn(result.bad_rows.warnings(options.data))
     show(result, as_json)
     if failures := result.failures():
         raise QualityGateFailed(f"required {'; '.join(failures)}")

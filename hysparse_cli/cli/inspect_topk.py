@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from hysparse_cli.cli.shared import (
+    DATA,
     AsJson,
     Assignments,
     Checkpoint,
@@ -25,9 +26,7 @@ def inspect_topk(
     prompt: Annotated[str | None, typer.Option(help="The text to read.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="Or a text or jsonl file (.xz, .gz): its first document.  [default: made up]"
-        ),
+        typer.Option(help=f"{DATA}, to read the first document of.  [default: made up]"),
     ] = None,
     max_tokens: Annotated[
         str | None, typer.Option(help="Read at most so much of it.  [default: 2048]")
