@@ -24,7 +24,7 @@ def line_by_line(head: str) -> bool:
     first, _, rest = head.replace("\r", "\n").lstrip(_BLANK).partition("\n")
     if first.startswith("["):
         return bool(rest.strip(_BLANK)) and _is_json(first)
-    return _is_json(first) or not first.rstrip().endswith(("{", "[", ","))
+    return _is_json(first) or not first.rstrip().endswith(("{", "[", ",", ":"))
 
 
 def lines(file: TextIO) -> Iterator[str]:
@@ -61,6 +61,8 @@ def json_values(file: TextIO, path: Path) -> Rows:
             return
         if in_list and number and not values.take(","):
             raise values.refuse("a comma is missing between two records of its list")
+        if not values.peek():
+            break
         number += 1
         where, value = values.next_value(number)
         yield where, partial(_itself, value)

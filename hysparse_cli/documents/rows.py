@@ -1,6 +1,5 @@
 """A row of data: the text that it holds, or why it holds none."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ _KINDS = {
     bytes: "binary data",
 }
 _SHOWN_FIELDS = 8
-_HALF = re.compile("[\ud800-\udfff]")
 _BYTES = range(0xDC80, 0xDD00)  # what bytes that are no UTF-8 are decoded to
 
 
@@ -86,10 +84,10 @@ def text_of(record: Any, text_field: str, where: str) -> str:
             f"data {where}: field {text_field!r} holds {_kind(text)}, not text: name another field "
             "as text_field, or mend that row"
         )
-    if not text.isascii() and (half := _HALF.search(text)):
+    if (place := first_broken(text)) is not None:
         raise UnreadableInput(
-            f"data {where}: field {text_field!r} holds {broken(half[0])} at its character "
-            f"{half.start() + 1:,}: {mend(half[0])}"
+            f"data {where}: field {text_field!r} holds {broken(text[place])} at its character "
+            f"{place + 1:,}: {mend(text[place])}"
         )
     return text
 
@@ -110,6 +108,15 @@ def too_long(where: str) -> UnreadableInput:
         f"data {where} is longer than the {MOST_CHARACTERS:,} characters that a row may have: "
         "split it into several, or give it as a text file"
     )
+
+
+def first_broken(text: str) -> int | None:
+    """Where the first lone surrogate of ``text`` is, which no UTF-8 text holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def broken(half: str) -> str:

@@ -91,9 +91,11 @@ def _check_names(names: list[str], text_field: str, where: str) -> None:
         )
     if text_field not in names:
         refusal = missing(text_field, names, where)
-        others = [mark for mark in (";", "\t", ",") if len(names) == 1 and mark in names[0]]
-        advice = f"; its columns seem to be separated by {others[0]!r}: save it as csv or tsv"
-        raise UnreadableInput(f"{refusal}{advice}") if others else refusal
+        for mark in (";", "\t", ","):
+            if len(names) == 1 and mark in names[0]:
+                advice = f"its columns seem to be separated by {mark!r}: save it as csv or tsv"
+                raise UnreadableInput(f"{refusal}; {advice}")
+        raise refusal
 
 
 def _record(names: list[str], cells: list[str], text_field: str, where: str) -> dict[str, str]:

@@ -1,15 +1,13 @@
 """A text file: one document, in chunks."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from hysparse_cli.documents.rows import broken, mend
+from hysparse_cli.documents.rows import broken, first_broken, mend
 from hysparse_cli.errors import UnreadableInput
 
 CHUNK_CHARACTERS = 1 << 20
-_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def text_chunks(file: TextIO, path: Path) -> Iterator[str]:
@@ -17,17 +15,18 @@ def text_chunks(file: TextIO, path: Path) -> Iterator[str]:
 
     Raises: UnreadableInput where it holds what no text does; it names the line.
     """
-    line = 1
+    line, end = 1, "\n"
     while chunk := file.read(CHUNK_CHARACTERS):
-        if found := _NOT_TEXT.search(chunk):
-            number = line + chunk.count("\n", 0, found.start())
-            if found[0] == "\0":
-                raise UnreadableInput(
-                    f"data {path}, line {number:,} holds binary data (a NUL byte): it is no text "
-                    "file, or damaged"
-                )
+        place = chunk.find("\0")
+        if place >= 0:
             raise UnreadableInput(
-                f"data {path}, line {number:,} holds {broken(found[0])}: {mend(found[0])}"
+                f"data {path}, line {line + chunk.count(end, 0, place):,} holds binary data (a NUL "
+                "byte): it is no text file, or damaged"
             )
-        line += chunk.count("\n")
+        if (half := first_broken(chunk)) is not None:
+            raise UnreadableInput(
+                f"data {path}, line {line + chunk.count(end, 0, half):,} holds "
+                f"{broken(chunk[half])}: {mend(chunk[half])}"
+            )
+        line += chunk.count(end)
         yield chunk
