@@ -5,15 +5,15 @@ it would call far attention useless.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hysparse_cli.documents import read_documents
-from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+from hysparse_cli.documents import BadRows, read_documents
+from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.evaluate.encoded import encode
 from hysparse_cli.evaluate.haystack import excerpt_of
 from hysparse_cli.evaluate.retrieval import Context, Task, write_context
@@ -51,7 +51,7 @@ def calibration_text(
 
     Args:
         tokenizer: a fast one.
-        data: see ``read_documents``; no more than about 128 million characters are read.
+        data: a file, see ``read_documents``; no more than about 128 million characters are read.
         tokens: about how many in all; there is at least one row.
         sequence_tokens: the length T of each row.
     Raises: InvalidRecipe where no fact and question fit in a row; UnreadableInput where the file
@@ -139,16 +139,7 @@ def _planted(
 
 
 def _read(data: Path, text_field: str) -> list[str]:
-    documents = list(_up_to(MOST_CHARACTERS, read_documents(data, text_field)))
+    documents = list(read_documents(data, text_field, most_characters=MOST_CHARACTERS))
     if not documents:
-        raise UnreadableInput(f"data {data} holds no text: give a file that does")
+        raise BadRows().no_text(data)
     return documents
-
-
-def _up_to(characters: int, texts: Iterable[str]) -> Iterable[str]:
-    for text in texts:
-        if text.strip():
-            yield text
-            characters -= len(text)
-        if characters <= 0:
-            return

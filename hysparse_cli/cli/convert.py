@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from hysparse_cli.cli.shared import (
+    DATA,
     AsJson,
     Assignments,
     Device,
@@ -43,7 +44,7 @@ def convert(
     batch: Annotated[int | None, typer.Option(help="With --fit: sequences.  [default: 1]")] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text or jsonl file to measure on.  [default: made up]", parser=given),
+        typer.Option(help=f"{DATA}, to measure on.  [default: made up]", parser=given),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(help="Tokens to measure on.  [default: 16384]")

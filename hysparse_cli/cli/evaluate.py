@@ -5,14 +5,17 @@ from typing import Annotated
 import typer
 
 from hysparse_cli.cli.shared import (
+    DATA,
     AsJson,
     Assignments,
     Device,
     Dtype,
     RecipeFile,
+    SkipBadRows,
     TrustRemoteCode,
     given,
     show,
+    warn,
 )
 from hysparse_cli.errors import QualityGateFailed
 from hysparse_cli.progress import stages
@@ -24,10 +27,8 @@ def evaluate(
     ],
     recipe: RecipeFile = None,
     assignments: Assignments = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Text, jsonl (.xz, .gz) or parquet file to read.", parser=given),
-    ] = None,
+    data: Annotated[str | None, typer.Option(help=f"{DATA}.", parser=given)] = None,
+    skip_bad_rows: SkipBadRows = None,
     sequence_tokens: Annotated[
         int | None, typer.Option(help="Tokens the loss is measured over at once.  [default: 2048]")
     ] = None,
@@ -79,6 +80,7 @@ def evaluate(
 
     with stages() as advance:
         result = evaluation.evaluate(checkpoints, options, advance)
+    warn(result.bad_rows.warnings(options.data))
     show(result, as_json)
     if failures := result.failures():
         raise QualityGateFailed(f"required {'; '.join(failures)}")

@@ -2,12 +2,14 @@
 
 import sys
 from contextlib import nullcontext
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from hysparse_cli import processes
 from hysparse_cli.cli.shared import (
+    DATA,
     AlreadySaid,
     AsJson,
     Assignments,
@@ -17,12 +19,13 @@ from hysparse_cli.cli.shared import (
     Out,
     Overwrite,
     RecipeFile,
+    SkipBadRows,
     TrustRemoteCode,
     given,
     show,
     warn,
 )
-from hysparse_cli.progress import training_steps
+from hysparse_cli.progress import progress, training_steps
 
 
 def finetune(
@@ -32,11 +35,9 @@ def finetune(
     assignments: Assignments = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="Text or jsonl file (.xz, .gz), parquet file, or hub:NAME, a data set.",
-            parser=given,
-        ),
+        typer.Option(help=f"{DATA}, or hub:NAME, a data set.", parser=given),
     ] = None,
+    skip_bad_rows: SkipBadRows = None,
     teacher: Annotated[
         str | None,
         typer.Option(help="A dense checkpoint to distill from.  [default: none]", parser=given),
@@ -82,7 +83,10 @@ def finetune(
 
     is_first = processes.rank() == 0
     warn(left_alone(out) if is_first else [])
+    unseen = nullcontext(lambda done, total: None)
+    checking = partial(progress, f"checking {options.data}") if is_first else lambda: unseen
     with training_steps() if is_first else nullcontext(lambda now: None) as on_step:
-        result = finetuning.finetune(checkpoint, out, options, on_step)
+        result = finetuning.finetune(checkpoint, out, options, on_step, checking)
     if is_first:
+        warn(result.bad_rows.warnings(options.data))
         show(result, as_json)

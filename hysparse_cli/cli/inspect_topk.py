@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from hysparse_cli.cli.shared import (
+    DATA,
     AsJson,
     Assignments,
     Checkpoint,
@@ -28,8 +29,7 @@ def inspect_topk(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Or a text or jsonl file (.xz, .gz): its first document.  [default: made up]",
-            parser=given,
+            help=f"{DATA}, to read the first document of.  [default: made up]", parser=given
         ),
     ] = None,
     max_tokens: Annotated[

@@ -60,6 +60,13 @@ Overwrite = Annotated[bool | None, typer.Option("--overwrite", help="Replace a c
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 
+DATA = "Text, jsonl, json, csv, tsv or parquet file (also .gz, .xz, .bz2, .zst)"
+SkipBadRows = Annotated[
+    bool | None,
+    typer.Option("--skip-bad-rows", help="Count rows without text instead of refusing them."),
+]
+
+
 class AlreadySaid(SystemExit):
     """An exit for which the reason was given, or needs no word."""
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hysparse_cli.documents.pieces import encode
 from hysparse_cli.evaluate.paired import Sample
 from hysparse_cli.logits import hidden_states, logits_of
 
@@ -64,12 +65,13 @@ def cut_windows(
 ) -> list[Window]:
     """Documents as windows of token ids, each read by the model on its own.
 
-    Each document is tokenized whole, special tokens as the tokenizer adds them. Its windows of
-    ``sequence_tokens`` begin ``stride`` tokens apart, and the last one may be shorter. A token
-    counts in the first window that predicts it: with a stride shorter than the window, all but
-    those of a document's first window have at least ``sequence_tokens - stride`` tokens before
-    them (the sliding window of Hugging Face's guide to perplexity). Windows are never filled up
-    from the next document, and nothing marks that a window goes on with a document.
+    Each document is tokenized as a whole (documents/pieces.py), special tokens as the tokenizer
+    adds them. Its windows of ``sequence_tokens`` begin ``stride`` tokens apart, and the last one
+    may be shorter. A token counts in the first window that predicts it: with a stride shorter than
+    the window, all but those of a document's first window have at least ``sequence_tokens -
+    stride`` tokens before them (the sliding window of Hugging Face's guide to perplexity). Windows
+    are never filled up from the next document, and nothing marks that a window goes on with a
+    document.
 
     Args:
         max_tokens: take windows at even distances over all text, up to about so many tokens read
@@ -79,7 +81,7 @@ def cut_windows(
     step = stride or sequence_tokens
     windows = []
     for document in documents:
-        ids = tokenizer(document, verbose=False)["input_ids"]
+        ids = encode(tokenizer, document)
         counted = 0  # tokens of the document up to the last window's end
         for first in range(0, len(ids), step):
             window = Window(ids[first : first + sequence_tokens], max(1, counted - first))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from hysparse_cli.documents import BadRows
 from hysparse_cli.evaluate.gates import Verdict, length_name
 from hysparse_cli.evaluate.harness import TaskScore
 from hysparse_cli.evaluate.paired import Difference, Sample, difference, finite
@@ -76,12 +77,16 @@ def _retrieval_names(form: str, tokens: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``hysparse eval`` found; the differences are to the first of ``scores``."""
+    """What ``hysparse eval`` found; the differences are to the first of ``scores``.
+
+    ``bad_rows``: those of the data that were skipped.
+    """
 
     options: EvalOptions
     environment: dict[str, Any]
     scores: list[CheckpointScores]
     verdicts: list[Verdict]
+    bad_rows: BadRows
 
     @property
     def names(self) -> list[str]:
@@ -108,6 +113,7 @@ class Evaluation:
             "schema": SCHEMA,
             "options": self.options.model_dump(mode="json"),
             "environment": self.environment,
+            "skipped_rows": self.bad_rows.as_json(),
             "checkpoints": [
                 _score_as_json(score, None if score is first else first) for score in self.scores
             ],

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.devices import describe
-from hysparse_cli.documents import read_documents
-from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+from hysparse_cli.documents import BadRows, read_documents
+from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.evaluate.gates import DENSE, Gate, judge, parse_gates
 from hysparse_cli.evaluate.harness import Harness
 from hysparse_cli.evaluate.result import Evaluation, metric_names
@@ -41,7 +41,9 @@ def evaluate(
     folders = [locate(name, trust_remote_code=trusted).folder for name in checkpoints]
     dense = ["hysparse" not in open_checkpoint(folder).config for folder in folders]
     references = _references(gates, names, dense)
-    texts = Texts(_read(options) if options.data is not None else None, options)
+    bad_rows = BadRows(options.skip_bad_rows, "--skip-bad-rows")
+    documents = _read(options, bad_rows, on_progress) if options.data is not None else None
+    texts = Texts(documents, options)
     harness = Harness(options, folders[0]) if options.lm_eval else None
     state = State(Path(options.output) if options.output else None)
     environment = describe(resolve_device(options.device))
@@ -49,7 +51,7 @@ def evaluate(
     with keeping(state.folder and state.folder / FINISHED):
         scores = [scorer.score(*pair) for pair in zip(checkpoints, folders, strict=True)]
     verdicts = judge(gates, [score.metrics() for score in scores], references)
-    evaluation = Evaluation(options, environment, scores, verdicts)
+    evaluation = Evaluation(options, environment, scores, verdicts, bad_rows)
     state.write_result(evaluation.as_json())
     return evaluation
 
@@ -69,10 +71,15 @@ def _references(
     return places
 
 
-def _read(options: EvalOptions) -> list[str]:
+def _read(options: EvalOptions, bad_rows: BadRows, on_progress: Progress) -> list[str]:
     assert options.data is not None
-    texts = read_documents(Path(options.data), options.text_field)
-    documents = [text for text in texts if text.strip()]
-    if not documents:
-        raise UnreadableInput(f"data {options.data} holds no text: give a file that does")
-    return documents
+
+    def on_read(done: int, total: int) -> None:
+        on_progress("reading data, MiB", done >> 20, max(1, total >> 20))
+
+    texts = read_documents(
+        Path(options.data), options.text_field, bad_rows=bad_rows, on_read=on_read
+    )
+    if documents := list(texts):
+        return documents
+    raise bad_rows.no_text(options.data)

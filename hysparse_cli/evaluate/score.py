@@ -20,7 +20,7 @@ from hysparse_cli.model.config import spec_of
 from hysparse_cli.recipe import EvalOptions
 from hysparse_cli.recipe.evaluate import FAMILIES
 
-FORMAT = 1  # of what is kept: goes up when a measurement changes
+FORMAT = 2  # of what is kept: goes up when a measurement changes
 
 Progress = Callable[[str, int, int], None]
 

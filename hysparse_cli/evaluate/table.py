@@ -85,6 +85,8 @@ def _table(evaluation: Evaluation, places: Sequence[int]) -> "Table":
         holds = {v.place: v.holds for v in evaluation.verdicts if v.gate.text == require}
         words = {True: "holds", False: "fails", None: ""}
         table.add_row(require, "", *(words[holds.get(place)] for place in places))
+    if skipped := evaluation.bad_rows.count:
+        table.add_row("bad rows skipped", f"{skipped:,}")
     return table
 
 

@@ -1,14 +1,13 @@
 """Documents packed into rows of a fixed length, in an order that a saved state can go on from."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hysparse_cli.errors import UnreadableInput
-from hysparse_cli.finetune.corpus import Position, corpus_of
+from hysparse_cli.documents.pieces import PIECE_CHARACTERS, Piece, encode_piece
+from hysparse_cli.finetune.corpus import Corpus, Position, corpus_of
 from hysparse_cli.recipe import FinetuneOptions
 
 IGNORED = -100
@@ -25,20 +24,23 @@ class PackedRows:
     restart, since nothing before it is seen. A document ends with the tokenizer's end token, if it
     has one. After the last document comes the first again.
 
+    A document may be of any length: it is read in pieces (documents/pieces.py), which rows don't
+    show. ``corpus`` is what the options name, where it is open already.
+
     Rows come at random out of a buffer of ``shuffle_rows``; with 1 they come in the data's order.
 
     Raises: as ``corpus_of``; UnreadableInput while iterating, where the data is unreadable or holds
         no text.
     """
 
-    def __init__(self, options: FinetuneOptions, tokenizer: Any):
-        self.corpus = corpus_of(options)
+    def __init__(self, options: FinetuneOptions, tokenizer: Any, corpus: Corpus | None = None):
+        self.corpus = corpus_of(options) if corpus is None else corpus
         self.tokenizer = tokenizer
         self.sequence_tokens, self.shuffle_rows = options.sequence_tokens, options.shuffle_rows
         self._generator = torch.Generator().manual_seed(options.seed)
         self._buffer: list[Row] = []
-        # where the next row that is read begins: a document, None is the first, and a token of it
-        self._document: Position | None = None
+        # where the next row that is read begins: a piece, None is the first, and a token of it
+        self._place: Position | None = None
         self._token = 0
 
     def __iter__(self) -> Iterator[Row]:
@@ -53,48 +55,70 @@ class PackedRows:
     def state_dict(self) -> dict[str, Any]:
         """Where the rows go on, the buffer included."""
         return {
-            "document": self._document,
+            "document": self._place,
             "token": self._token,
             "buffer": list(self._buffer),
             "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._document, self._token = state["document"], state["token"]
+        self._place, self._token = state["document"], state["token"]
         self._buffer = list(state["buffer"])
         self._generator.set_state(state["generator"])
 
     def _in_order(self) -> Iterator[Row]:
         ids: list[int] = []
         positions: list[int] = []
+        position = 0
         while True:
-            from_the_start = self._document is None
+            from_the_start = self._place is None
             found = False
-            for document, tokens in self._encoded(self.corpus.documents(self._document)):
+            for place, piece, tokens in self._encoded(self.corpus.pieces(self._place)):
+                if not piece.before or not ids:
+                    position = 0
                 begin, self._token = self._token, 0
                 found = found or bool(tokens)
                 while begin < len(tokens):
                     taken = tokens[begin : begin + self.sequence_tokens - len(ids)]
                     begin += len(taken)
                     ids += taken
-                    positions += range(len(taken))
+                    positions += range(position, position + len(taken))
+                    position += len(taken)
                     if len(ids) == self.sequence_tokens:
-                        self._document, self._token = document, begin
+                        self._place, self._token = place, begin
                         yield _row(ids, positions)
-                        self._token = 0
+                        self._token = position = 0
                         ids, positions = [], []
             if from_the_start and not found:
-                raise UnreadableInput(f"data {self.corpus.name} holds no text")
-            self._document, self._token = None, 0
+                raise self.corpus.bad_rows.no_text(self.corpus.name)
+            self._place, self._token = None, 0
 
     def _encoded(
-        self, documents: Iterable[tuple[Position | None, str]]
-    ) -> Iterator[tuple[Position | None, list[int]]]:
-        end, stream = self.tokenizer.eos_token_id, iter(documents)
-        while group := list(islice(stream, DOCUMENTS_AT_ONCE)):
-            encoded = self.tokenizer([text for _, text in group], verbose=False)["input_ids"]
-            for (document, _), ids in zip(group, encoded, strict=True):
-                yield document, ids if end is None or ids[-1:] == [end] else [*ids, end]
+        self, pieces: Iterable[tuple[Position | None, Piece]]
+    ) -> Iterator[tuple[Position | None, Piece, list[int]]]:
+        end = self.tokenizer.eos_token_id
+        for group in _groups(pieces):
+            whole = [piece.text for _, piece in group if piece.is_whole]
+            encoded = iter(self.tokenizer(whole, verbose=False)["input_ids"] if whole else ())
+            for place, piece in group:
+                ids = next(encoded) if piece.is_whole else encode_piece(self.tokenizer, piece)
+                ended = bool(piece.after) or end is None or ids[-1:] == [end]
+                yield place, piece, ids if ended else [*ids, end]
+
+
+def _groups(
+    pieces: Iterable[tuple[Position | None, Piece]],
+) -> Iterator[list[tuple[Position | None, Piece]]]:
+    """Pieces to be tokenized at once: as many as fill the cores, or as much as memory holds."""
+    group, characters = [], 0
+    for placed in pieces:
+        group.append(placed)
+        characters += len(placed[1].text)
+        if len(group) == DOCUMENTS_AT_ONCE or characters >= PIECE_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def _row(ids: list[int], positions: list[int]) -> Row:

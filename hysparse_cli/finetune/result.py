@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hysparse_cli.documents import BadRows
+
 SHOWN_STEPS = 10
 PARTS = {
     "next_token_loss": "next-token loss",
@@ -56,7 +58,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A finished run; ``seconds`` and ``tokens_per_second`` are since it began or was resumed."""
+    """A finished run; ``seconds`` and ``tokens_per_second`` are since it began or was resumed.
+
+    ``bad_rows``: those of the data that were skipped.
+    """
 
     checkpoint: str
     teacher: str | None
@@ -69,6 +74,7 @@ class FinetuneResult:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    bad_rows: BadRows
     steps: list[Step]
 
     def table(self) -> Any:
@@ -98,7 +104,8 @@ class FinetuneResult:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, with the loss of every step."""
-        content = asdict(self) | {"out": str(self.out)}
+        content = asdict(self) | {"out": str(self.out), "skipped_rows": self.bad_rows.as_json()}
+        del content["bad_rows"]
         tokens = sum(step.tokens for step in self.steps)
         return {"schema": "hysparse.finetune/2", "tokens": tokens, **content}
 
@@ -110,9 +117,11 @@ class FinetuneResult:
     def _caption(self) -> str:
         tokens = sum(step.tokens for step in self.steps)
         teacher = f", teacher {self.teacher}" if self.teacher else ""
+        skipped = f", {self.bad_rows.count:,} bad rows skipped" if self.bad_rows.count else ""
         many = f" in {self.num_processes} processes" if self.num_processes > 1 else ""
         return (
-            f"{tokens:,} tokens, {self.num_trained:,} parameters in {self.dtype}{teacher}; "
+            f"{tokens:,} tokens, {self.num_trained:,} parameters in {self.dtype}{teacher}"
+            f"{skipped}; "
             f"{self.tokens_per_second:,.0f} tokens/s on {self.device}{many}, "
             f"{self.peak_memory_bytes / 1e9:.2f} GB at most"
         )

@@ -1,7 +1,7 @@
 """From a checkpoint and options to a finetuned checkpoint."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.errors import Interrupted, InvalidRecipe
-from hysparse_cli.finetune.corpus import corpus_of
+from hysparse_cli.finetune.corpus import Corpus, corpus_of
 from hysparse_cli.finetune.data import PackedRows
 from hysparse_cli.finetune.group import Group, joined
 from hysparse_cli.finetune.lora import add_adapters, check_peft
@@ -29,11 +29,21 @@ from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.source import locate
 from hysparse_cli.staging import prepare_output, require_free_space, staged
 
+Checking = Callable[[], AbstractContextManager[Callable[[int, int], None]]]
+
 STATE_BYTES = 12  # of a trained parameter: its weight and AdamW's two moments, in float32
 
 
+def _silently() -> AbstractContextManager[Callable[[int, int], None]]:
+    return nullcontext(lambda done, total: None)
+
+
 def finetune(
-    checkpoint: str, out: Path, options: FinetuneOptions, on_step: Callable[[Progress], None]
+    checkpoint: str,
+    out: Path,
+    options: FinetuneOptions,
+    on_step: Callable[[Progress], None],
+    checking: Checking = _silently,
 ) -> FinetuneResult:
     """Train ``checkpoint``, dense or converted, and write the result to ``out``.
 
@@ -42,18 +52,24 @@ def finetune(
     Args:
         checkpoint: a folder or hub id.
         on_step: called after each optimiser step.
+        checking: entered while the data is read to find what is wrong with it; what it gives is
+            told the bytes read, and how many there are.
     Raises: a HysparseError of the kind that fits.
     """
     source = locate(checkpoint, trust_remote_code=options.trust_remote_code).folder
-    _check_data(options)
+    corpus = _check_data(options)
     _check_processes(options)
     check_package(options.log_to)
     check_peft(options)
     rows_of_step(options, world_size())
     with joined(options.device, options.sequence_parallel_size) as group, _interruptible(out):
         saved = group.from_first(_prepare(out, source, options) if group.is_first else None)
+        with checking() as on_read:
+            corpus.check(on_read)
         with out_of_memory_is(_out_of_memory(options)):
-            trainer, result = _train(checkpoint, out, source, options, saved, group, on_step)
+            trainer, result = _train(
+                checkpoint, out, source, options, saved, group, corpus, on_step
+            )
         weights = {}
         for name, weight in whole(trainer.trained.items()):
             if group.is_first:
@@ -74,6 +90,7 @@ def _train(
     options: FinetuneOptions,
     saved: Path | None,
     group: Group,
+    corpus: Corpus,
     on_step: Callable[[Progress], None],
 ) -> tuple[Trainer, FinetuneResult]:
     facts = read_facts(saved, source, options) if saved is not None else None
@@ -91,7 +108,8 @@ def _train(
         _checkpoint_activations(loaded.model)
     healing = sharded(loaded.model, teacher, names, group)
     trained = {name: p for name, p in loaded.model.named_parameters() if name in names}
-    trainer = Trainer(healing, trained, PackedRows(options, loaded.tokenizer), options, group)
+    rows = PackedRows(options, loaded.tokenizer, corpus)
+    trainer = Trainer(healing, trained, rows, options, group)
     if saved is not None and facts is not None:
         trainer.resume(saved, facts)
     resumed_at = len(trainer.history)
@@ -115,6 +133,7 @@ def _train(
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         peak_memory_bytes=max(step.peak_memory_bytes for step in trainer.history),
+        bad_rows=corpus.bad_rows,
         steps=trainer.history,
     )
 
@@ -180,11 +199,11 @@ def _checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _check_data(options: FinetuneOptions) -> None:
+def _check_data(options: FinetuneOptions) -> Corpus:
     missing = []
     if options.data is None:
         missing.append(
-            "finetune.data is not given: name a text, jsonl or parquet file, or hub:NAME (--data)"
+            "finetune.data is not given: name a file of text or records, or hub:NAME (--data)"
         )
     needing = dict.fromkeys(s.objective for s in options.resolved_stages() if s.needs_teacher)
     if options.teacher is None and needing:
@@ -194,7 +213,7 @@ def _check_data(options: FinetuneOptions) -> None:
         )
     if missing:
         raise InvalidRecipe("; ".join(missing))
-    corpus_of(options)
+    return corpus_of(options)
 
 
 def _load_models(checkpoint: str, options: FinetuneOptions) -> tuple[Loaded, Any | None]:

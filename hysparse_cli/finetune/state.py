@@ -27,6 +27,7 @@ FORMAT = 2
 _FACTS, _PARTIAL, _STEP = "run.pt", "partial", "step-"
 _MAY_CHANGE = {
     "resume",
+    "skip_bad_rows",
     "save_every_steps",
     "overwrite",
     "trust_remote_code",

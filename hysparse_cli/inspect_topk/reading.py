@@ -10,6 +10,8 @@ from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.evaluate.encoded import encode
 from hysparse_cli.recipe import InspectOptions
 
+CHARACTERS_OF_A_TOKEN = 16  # on average, at most: so much of a document is read for each
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -77,8 +79,12 @@ def _text(options: InspectOptions) -> tuple[str, str]:
         where = "the prompt"
     else:
         assert options.data is not None
-        documents = read_documents(Path(options.data), options.text_field)
-        text = next((document for document in documents if document.strip()), None)
+        documents = read_documents(
+            Path(options.data),
+            options.text_field,
+            most_characters=CHARACTERS_OF_A_TOKEN * options.max_tokens,
+        )
+        text = next(documents, None)
         where = f"data {options.data}"
     if text is None or not text.strip():
         raise UnreadableInput(f"{where} holds no text: give some")

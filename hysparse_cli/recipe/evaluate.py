@@ -24,11 +24,14 @@ RULER = "ruler"
 class EvalOptions(Section):
     """``hysparse eval``: loss on ``data``, retrieval at ``retrieval_tokens``, tasks of lm-eval.
 
-    Retrieval plants its facts in text of ``data``, or of its own making where there is none.
+    Retrieval plants its facts in text of ``data``, or of its own making where there is none. What
+    ``data`` may be, and ``text_field``, is said in documents/; ``skip_bad_rows`` counts rows that
+    hold no text instead of refusing them.
     """
 
     data: FilePath | None = None
     text_field: str = "text"
+    skip_bad_rows: bool = False
     sequence_tokens: Positive = 2048
     stride: Positive | None = None
     max_tokens: Positive | None = None

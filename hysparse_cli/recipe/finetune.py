@@ -105,9 +105,11 @@ class FinetuneOptions(Section):
     "distill" minimises ``distill_weight`` KL to the teacher + (1 - ``distill_weight``) next-token
     loss + ``hidden_weight`` the relative squared error of the hidden states, mean over the layers.
 
-    ``data`` is a file, or "hub:" and the name of a data set, of which ``data_subset`` and
-    ``data_split`` are read. ``lora_rank`` trains low-rank adapters of the attention projections
-    instead of the weights. ``stop_when_rising_steps``: see watchdog.py.
+    ``data`` is a file (see documents/), or "hub:" and the name of a data set, of which
+    ``data_subset`` and ``data_split`` are read. A file is read once before training, so that a bad
+    row costs no run; ``skip_bad_rows`` counts such rows instead of refusing them. ``lora_rank``
+    trains low-rank adapters of the attention projections instead of the weights.
+    ``stop_when_rising_steps``: see watchdog.py.
 
     State is saved in OUT.state every ``save_every_steps`` steps; ``resume`` is "auto" (from there
     if there is any, else from the start) or a state's folder. ``log_to`` writes scalars to OUT.logs
@@ -119,6 +121,7 @@ class FinetuneOptions(Section):
     data_subset: str | None = None
     data_split: str = "train"
     text_field: str = "text"
+    skip_bad_rows: bool = False
     stages: list[StageOptions] = []
     steps: Positive | None = None
     batch_size: Positive = 8

@@ -53,13 +53,13 @@ def options_for(data: object, **options: Any) -> FinetuneOptions:
 
 def test_a_data_set_is_read_in_order_and_goes_on_at_any_document(folder: Path) -> None:
     options = options_for(f"hub:{folder}")
-    every = list(corpus_of(options).documents(None))
-    assert [text for _, text in every] == TEXTS
+    every = list(corpus_of(options).pieces(None))
+    assert [piece.text for _, piece in every] == TEXTS
     corpus = corpus_of(options)
     for number in (1, 6, 7, 19, 20, 33, 59):
         begin = json.loads(json.dumps(every[number][0]))
-        assert [text for _, text in corpus.documents(begin)] == TEXTS[number:]
-    assert [text for _, text in corpus.documents(None)] == TEXTS
+        assert [piece.text for _, piece in corpus.pieces(begin)] == TEXTS[number:]
+    assert [piece.text for _, piece in corpus.pieces(None)] == TEXTS
 
 
 def test_rows_of_a_data_set_go_on_to_the_token(
@@ -93,15 +93,15 @@ def test_a_run_on_a_data_set_is_that_on_its_documents_in_one_file(
 def test_a_parquet_file_holds_a_document_a_row(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, ["one", "", "two"])
-    assert [text for _, text in corpus_of(options_for(path)).documents(None)] == ["one", "two"]
-    assert [text for _, text in corpus_of(options_for(path)).documents(1)] == ["two"]
+    assert [piece.text for _, piece in corpus_of(options_for(path)).pieces(None)] == ["one", "two"]
+    assert [piece.text for _, piece in corpus_of(options_for(path)).pieces(1)] == ["two"]
 
 
 def test_subsets_and_splits_are_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", ["a"])
     write_jsonl(tmp_path / "test.jsonl", ["b"])
     test = corpus_of(options_for(f"hub:{tmp_path}", data_split="test"))
-    assert [text for _, text in test.documents(None)] == ["b"]
+    assert [piece.text for _, piece in test.pieces(None)] == ["b"]
     with pytest.raises(UnreadableInput, match=r"hub:.* can't be read: .*nosplit"):
         corpus_of(options_for(f"hub:{tmp_path}", data_split="nosplit"))
     with pytest.raises(InvalidRecipe, match=r"data_subset belongs to a data set"):
@@ -110,13 +110,13 @@ def test_subsets_and_splits_are_named(tmp_path: Path) -> None:
 
 def test_what_is_wrong_with_the_data_is_one_line(tmp_path: Path) -> None:
     def first(data: object, **options: Any) -> Any:
-        return next(iter(corpus_of(options_for(data, **options)).documents(None)))
+        return next(iter(corpus_of(options_for(data, **options)).pieces(None)))
 
     write_parquet(tmp_path / "a.parquet", ["one"])
     (tmp_path / "b.parquet").write_text("not parquet")
     with pytest.raises(UnreadableInput, match=r"a\.parquet, row 1 has no field 'body'.*'text'"):
         first(tmp_path / "a.parquet", text_field="body")
-    with pytest.raises(UnreadableInput, match=r"row 1: field 'n' holds a int"):
+    with pytest.raises(UnreadableInput, match=r"row 1: field 'n' holds a number \(0\), not text"):
         first(tmp_path / "a.parquet", text_field="n")
     with pytest.raises(UnreadableInput, match=r"b\.parquet is not a parquet file"):
         first(tmp_path / "b.parquet")
@@ -125,7 +125,9 @@ def test_what_is_wrong_with_the_data_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UnreadableInput, match=r"hub:.*/none can't be read: \S"):
         first(f"hub:{tmp_path}/none")
     (tmp_path / "b.parquet").unlink()
-    with pytest.raises(UnreadableInput, match=r"data hub:\S+ has no field 'body' \(it has: 'n'"):
+    with pytest.raises(
+        UnreadableInput, match=r"data hub:\S+, row 1 has no field 'body' \(it has: 'n'"
+    ):
         first(f"hub:{tmp_path}", text_field="body")
 
 

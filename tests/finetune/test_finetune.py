@@ -179,7 +179,7 @@ def test_what_the_user_got_wrong_is_one_line(
         return hysparse("finetune", tiny_original, out, "--data", data, *SMALL, *args)
 
     one_line(hysparse("finetune", tiny_original, out), 3, "finetune.data is not given")
-    one_line(run(data=tmp_path / "no.jsonl"), 7, "no.jsonl: no such file")
+    one_line(run(data=tmp_path / "no.jsonl"), 7, "no.jsonl: No such file")
     text.write_text("")
     one_line(run(data=text), 7, text, "holds no text")
     text.write_text('{"text": "w1 w2"}\n{"body": "w1"}\n')
