@@ -17,8 +17,10 @@ from hysparse_cli.cli.shared import (
     Out,
     Overwrite,
     RecipeFile,
+    say,
     show,
 )
+from hysparse_cli.printable import printable
 from hysparse_cli.progress import training_steps
 
 
@@ -44,7 +46,12 @@ def finetune(
         str | None, typer.Option(help="all, attention, sparse-attention or new.  [default: all]")
     ] = None,
     save_every_steps: Annotated[
-        int | None, typer.Option(help="Keep the run's state in OUT.state.  [default: never]")
+        str | None,
+        typer.Option(help="Keep the run's state in OUT.state; or off.  [default: each tenth]"),
+    ] = None,
+    keep_state: Annotated[
+        bool | None,
+        typer.Option("--keep-state", help="Leave the last state, to add steps to a finished run."),
     ] = None,
     resume: Annotated[
         str | None,
@@ -71,6 +78,10 @@ def finetune(
 
     is_first = processes.rank() == 0
     with training_steps() if is_first else nullcontext(lambda now: None) as on_step:
-        result = finetuning.finetune(checkpoint, out, options, on_step)
+        result = finetuning.finetune(checkpoint, out, options, on_step, _note)
     if is_first:
         show(result, as_json)
+
+
+def _note(line: str) -> None:
+    say(printable(line, longest=None))

@@ -4,6 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hysparse_cli.finetune.identity import Run
+
+SCHEMA = "hysparse.finetune/3"
 SHOWN_STEPS = 10
 PARTS = {
     "next_token_loss": "next-token loss",
@@ -56,7 +59,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """A finished run; ``seconds`` and ``tokens_per_second`` are since it began or was resumed."""
+    """A finished run; ``seconds`` and ``tokens_per_second`` are since it began or was resumed.
+
+    run: what it belongs to (identity.py). notes: what is to know of how it was gone on with.
+    finished_before: whether all of it was there already, so that nothing was done.
+    """
 
     checkpoint: str
     teacher: str | None
@@ -70,6 +77,9 @@ class FinetuneResult:
     tokens_per_second: float
     peak_memory_bytes: int
     steps: list[Step]
+    run: Run
+    notes: list[str]
+    finished_before: bool = False
 
     def table(self) -> Any:
         """The loss curve at about ten steps."""
@@ -100,7 +110,7 @@ class FinetuneResult:
         """Everything, with the loss of every step."""
         content = asdict(self) | {"out": str(self.out)}
         tokens = sum(step.tokens for step in self.steps)
-        return {"schema": "hysparse.finetune/2", "tokens": tokens, **content}
+        return {"schema": SCHEMA, "tokens": tokens, **content}
 
     def _shown(self) -> list[Step]:
         last = len(self.steps) - 1
@@ -111,8 +121,9 @@ class FinetuneResult:
         tokens = sum(step.tokens for step in self.steps)
         teacher = f", teacher {self.teacher}" if self.teacher else ""
         many = f" in {self.num_processes} processes" if self.num_processes > 1 else ""
+        notes = "".join(f"\n{note}" for note in self.notes)
         return (
             f"{tokens:,} tokens, {self.num_trained:,} parameters in {self.dtype}{teacher}; "
             f"{self.tokens_per_second:,.0f} tokens/s on {self.device}{many}, "
-            f"{self.peak_memory_bytes / 1e9:.2f} GB at most"
+            f"{self.peak_memory_bytes / 1e9:.2f} GB at most{notes}"
         )
