@@ -73,7 +73,7 @@ def finetune(
     if options.nproc_per_node not in (None, 1) and not processes.is_launched():
         from hysparse_cli.finetune.launch import launch
 
-        raise AlreadySaid(launch(sys.argv[1:], options))
+        raise AlreadySaid(launch(sys.argv[1:], out, options))
     from hysparse_cli import finetune as finetuning
 
     is_first = processes.rank() == 0

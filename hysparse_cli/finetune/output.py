@@ -81,8 +81,12 @@ def _trained(card: str, result: FinetuneResult) -> str:
 
 
 def _recipe(source: Path, options: FinetuneOptions) -> str:
-    """The recipe of the source's conversion, if it has one, with this run's section."""
-    sections = yaml.safe_load(to_yaml(options))
+    """The recipe of the source's conversion, if it has one, with this run's section.
+
+    What concerns this run's folders alone must not carry over to one that begins from the recipe.
+    """
+    again = options.model_copy(update={"overwrite": False, "resume": None})
+    sections = yaml.safe_load(to_yaml(again))
     if (source / RECIPE).is_file():
         sections = yaml.safe_load((source / RECIPE).read_text(encoding="utf-8")) | sections
     return yaml.safe_dump(sections, sort_keys=False)

@@ -24,10 +24,9 @@ from hysparse_cli.finetune.sharding import sharded, whole
 from hysparse_cli.finetune.share import rows_of_step
 from hysparse_cli.finetune.state import (
     check_folder,
+    kept_of,
     remove_state,
-    saved_state,
     state_folder,
-    step_of,
 )
 from hysparse_cli.finetune.trainer import Trainer
 from hysparse_cli.finetune.weights import select_trainable
@@ -155,12 +154,9 @@ def _interruptible(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if (saved := saved_state(out)) is None:
+        if (kept := kept_of(out)) is None:
             raise
-        raise Interrupted(
-            f"interrupted; the state of step {step_of(saved)} is kept in {saved.parent}: "
-            "--resume auto goes on from there"
-        ) from None
+        raise Interrupted(kept) from None
 
 
 def _trained_names(model: Any, options: FinetuneOptions) -> set[str]:

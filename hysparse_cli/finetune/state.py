@@ -58,6 +58,16 @@ def step_of(saved: Path) -> int:
     return int(saved.name.rpartition("-")[2])
 
 
+def kept_of(out: Path) -> str | None:
+    """What an interrupt says is kept of a run, if any state is."""
+    if (saved := saved_state(out)) is None:
+        return None
+    return (
+        f"interrupted; the state of step {step_of(saved)} is kept in {saved.parent}: --resume auto "
+        "goes on from there"
+    )
+
+
 def check_folder(out: Path) -> None:
     """Raises: InvalidRecipe where what lies at the place of ``out``'s state is something else."""
     folder = state_folder(out)

@@ -43,7 +43,7 @@ def test_more_steps_on_a_finished_run_are_a_further_stage_cut_or_not(
 
     made = load_section(FinetuneOptions, out / "hysparse_recipe.yaml")
     assert [stage.steps for stage in made.stages] == [8, 6]
-    scratch = run(tiny_original, tmp_path / "scratch", made, keep_state=False, resume=None)
+    scratch = run(tiny_original, tmp_path / "scratch", made, keep_state=False)
     assert scratch.steps == result.steps
     assert weights(tmp_path / "scratch") == weights(out)
 

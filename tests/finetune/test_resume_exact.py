@@ -66,7 +66,7 @@ def test_cut_in_warm_up_plateau_and_decay_a_run_is_the_same_bit_for_bit(
     )
     whole = finetune(str(checkpoint), tmp_path / "whole", options, lambda now: None)
     assert [step.learning_rate for step in whole.steps] == rates
-    assert len(set(rates)) > 8
+    assert len(set(rates)) >= 6
     rates.clear()
     result = cut_at(cuts, checkpoint, tmp_path / "out", options)
     assert result.resumed_at == cuts[-1]
