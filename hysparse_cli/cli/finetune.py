@@ -22,9 +22,11 @@ from hysparse_cli.cli.shared import (
     SkipBadRows,
     TrustRemoteCode,
     given,
+    say,
     show,
     warn,
 )
+from hysparse_cli.printable import printable
 from hysparse_cli.progress import progress, training_steps
 
 
@@ -52,7 +54,12 @@ def finetune(
         str | None, typer.Option(help="all, attention, sparse-attention or new.  [default: all]")
     ] = None,
     save_every_steps: Annotated[
-        int | None, typer.Option(help="Keep the run's state in OUT.state.  [default: never]")
+        str | None,
+        typer.Option(help="Keep the run's state in OUT.state; or off.  [default: each tenth]"),
+    ] = None,
+    keep_state: Annotated[
+        bool | None,
+        typer.Option("--keep-state", help="Leave the last state, to add steps to a finished run."),
     ] = None,
     resume: Annotated[
         str | None,
@@ -77,7 +84,7 @@ def finetune(
     if options.nproc_per_node not in (None, 1) and not processes.is_launched():
         from hysparse_cli.finetune.launch import launch
 
-        raise AlreadySaid(launch(sys.argv[1:], options))
+        raise AlreadySaid(launch(sys.argv[1:], out, options))
     from hysparse_cli import finetune as finetuning
     from hysparse_cli.leftovers import left_alone
 
@@ -86,7 +93,11 @@ def finetune(
     unseen = nullcontext(lambda done, total: None)
     checking = partial(progress, f"checking {options.data}") if is_first else lambda: unseen
     with training_steps() if is_first else nullcontext(lambda now: None) as on_step:
-        result = finetuning.finetune(checkpoint, out, options, on_step, checking)
+        result = finetuning.finetune(checkpoint, out, options, on_step, checking, _note)
     if is_first:
         warn(result.bad_rows.warnings(options.data))
         show(result, as_json)
+
+
+def _note(line: str) -> None:
+    say(printable(line, longest=None))

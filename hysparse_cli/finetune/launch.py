@@ -2,24 +2,28 @@
 
 import logging
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hysparse_cli.errors import HysparseError, Interrupted, OutOfResources
 from hysparse_cli.finetune.share import rows_of_step
+from hysparse_cli.finetune.state import kept_of
 from hysparse_cli.processes import claimed_exit_code, running
 from hysparse_cli.recipe import FinetuneOptions
 
+PATIENCE_SECONDS = 30  # with a process that was told to end
 
-def launch(arguments: Sequence[str], options: FinetuneOptions) -> int:
-    """Run ``hysparse`` with ``arguments``, which say ``options``; returns the exit code.
+
+def launch(arguments: Sequence[str], out: Path, options: FinetuneOptions) -> int:
+    """Run ``hysparse`` with ``arguments``, which say the others; returns the exit code.
 
     A process that fails says why itself; where it can't, since it was killed, that is raised here.
 
@@ -47,10 +51,26 @@ def launch(arguments: Sequence[str], options: FinetuneOptions) -> int:
         except ChildFailedError as error:
             return _exit_code(Path(folder), _killed(error))
         except SignalException as stop:
-            if stop.sigval == signal.SIGINT:
-                return _exit_code(Path(folder), Interrupted("interrupted"))
-            return 128 + int(stop.sigval)
+            _end_children()
+            return _exit_code(Path(folder), _interrupted(out, stop))
     return 0
+
+
+def _end_children() -> None:
+    """End what the launcher had started, but not yet taken note of, when it was interrupted."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.terminate()
+    for child in psutil.wait_procs(children, timeout=PATIENCE_SECONDS)[1]:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def _interrupted(out: Path, stop: SignalException) -> Interrupted:
+    error = Interrupted(kept_of(out) or "interrupted; nothing half written is left")
+    error.exit_code = 128 + int(stop.sigval)
+    return error
 
 
 def _exit_code(folder: Path, otherwise: HysparseError) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hysparse_cli.errors import InvalidRecipe
-from hysparse_cli.finetune.weights import ADAPTER, NEW, attention_places
+from hysparse_cli.finetune.weights import ADAPTER, NEW, attention_names
 from hysparse_cli.recipe import FinetuneOptions
 
 _DOWN, _UP = ".lora_A.", ".lora_B."
@@ -38,12 +38,11 @@ def add_adapters(model: Any, options: FinetuneOptions) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     assert options.lora_rank is not None
-    trained = {stage.trainable for stage in options.resolved_stages()}
-    places = attention_places(model, sparse_only=trained <= _SPARSE_ONLY)
+    belongs = attention_names(model.config, sparse_only=adapts_sparse_only(options))
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(places) and NEW not in name
+        if isinstance(module, nn.Linear) and belongs(name) and NEW not in name
     ]
     if not targets:
         raise InvalidRecipe(
@@ -55,6 +54,11 @@ def add_adapters(model: Any, options: FinetuneOptions) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)  # the same in every process
         inject_adapter_in_model(config, model)
+
+
+def adapts_sparse_only(options: FinetuneOptions) -> bool:
+    """Whether no stage trains the attention of full layers."""
+    return {stage.trainable for stage in options.resolved_stages()} <= _SPARSE_ONLY
 
 
 def merged(

@@ -2,18 +2,22 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import GenerationConfig
 
 from hysparse_cli.checkpoint import copy_side_files
 from hysparse_cli.convert.model_card import UNTRAINED
 from hysparse_cli.finetune.lora import merged
-from hysparse_cli.finetune.result import FinetuneResult
+from hysparse_cli.finetune.result import SCHEMA, FinetuneResult
 from hysparse_cli.loading import load
+from hysparse_cli.reading import read_json
 from hysparse_cli.recipe import FinetuneOptions, lasting, to_yaml
+from hysparse_cli.recipe.finetune import Stage
 
 RECIPE, REPORT = "hysparse_recipe.yaml", "hysparse_finetune.json"
 CARD, CONVERSION = "README.md", "hysparse_report.json"
@@ -50,6 +54,23 @@ def write_checkpoint(
         (folder / CARD).write_text(_trained(card, result), encoding="utf-8")
     (folder / RECIPE).write_text(_recipe(loaded.folder, options), encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def result_in(out: Path) -> FinetuneResult | None:
+    """The report of the finished run in the folder ``out``, if it holds one of this version."""
+    report = out / REPORT
+    content = read_json(report) if report.is_file() else None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        return None
+    try:
+        found = TypeAdapter(FinetuneResult).validate_python(
+            content | {"bad_rows": content.get("skipped_rows")}
+        )
+    except ValidationError:
+        return None
+    stages = (*found.run.asked, *found.run.stages)
+    known = all(set(s) == set(Stage.model_fields) and type(s["steps"]) is int for s in stages)
+    return replace(found, out=out, finished_before=True) if known and found.steps else None
 
 
 def _trained(card: str, result: FinetuneResult) -> str:

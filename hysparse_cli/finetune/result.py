@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli.documents import BadRows
+from hysparse_cli.finetune.identity import Run
 
+SCHEMA = "hysparse.finetune/3"
 SHOWN_STEPS = 10
 PARTS = {
     "next_token_loss": "next-token loss",
@@ -60,7 +62,9 @@ class Progress:
 class FinetuneResult:
     """A finished run; ``seconds`` and ``tokens_per_second`` are since it began or was resumed.
 
-    ``bad_rows``: those of the data that were skipped.
+    bad_rows: those of the data that were skipped. run: what it belongs to (identity.py). notes:
+    what is to know of how it was gone on with. finished_before: whether all of it was there
+    already, so that nothing was done.
     """
 
     checkpoint: str
@@ -76,6 +80,9 @@ class FinetuneResult:
     peak_memory_bytes: int
     bad_rows: BadRows
     steps: list[Step]
+    run: Run
+    notes: list[str]
+    finished_before: bool = False
 
     def table(self) -> Any:
         """The loss curve at about ten steps."""
@@ -107,7 +114,7 @@ class FinetuneResult:
         content = asdict(self) | {"out": str(self.out), "skipped_rows": self.bad_rows.as_json()}
         del content["bad_rows"]
         tokens = sum(step.tokens for step in self.steps)
-        return {"schema": "hysparse.finetune/2", "tokens": tokens, **content}
+        return {"schema": SCHEMA, "tokens": tokens, **content}
 
     def _shown(self) -> list[Step]:
         last = len(self.steps) - 1
@@ -119,9 +126,10 @@ class FinetuneResult:
         teacher = f", teacher {self.teacher}" if self.teacher else ""
         skipped = f", {self.bad_rows.count:,} bad rows skipped" if self.bad_rows.count else ""
         many = f" in {self.num_processes} processes" if self.num_processes > 1 else ""
+        notes = "".join(f"\n{note}" for note in self.notes)
         return (
             f"{tokens:,} tokens, {self.num_trained:,} parameters in {self.dtype}{teacher}"
             f"{skipped}; "
             f"{self.tokens_per_second:,.0f} tokens/s on {self.device}{many}, "
-            f"{self.peak_memory_bytes / 1e9:.2f} GB at most"
+            f"{self.peak_memory_bytes / 1e9:.2f} GB at most{notes}"
         )

@@ -9,9 +9,11 @@ import torch
 
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.errors import Interrupted, InvalidRecipe
+from hysparse_cli.finetune.begin import Start, begin, inputs_of
 from hysparse_cli.finetune.corpus import Corpus, corpus_of
 from hysparse_cli.finetune.data import PackedRows
 from hysparse_cli.finetune.group import Group, joined
+from hysparse_cli.finetune.lock import locked
 from hysparse_cli.finetune.lora import add_adapters, check_peft
 from hysparse_cli.finetune.objectives import check_objectives
 from hysparse_cli.finetune.output import write_checkpoint
@@ -20,18 +22,21 @@ from hysparse_cli.finetune.scalars import check_package, scalars
 from hysparse_cli.finetune.sequence import prepare_rows
 from hysparse_cli.finetune.sharding import sharded, whole
 from hysparse_cli.finetune.share import rows_of_step
-from hysparse_cli.finetune.state import begin_or_resume, read_facts, remove_state, saved_state
+from hysparse_cli.finetune.state import (
+    check_folder,
+    kept_of,
+    remove_state,
+    state_folder,
+)
 from hysparse_cli.finetune.trainer import Trainer
 from hysparse_cli.finetune.weights import select_trainable
 from hysparse_cli.loading import Loaded, load
 from hysparse_cli.processes import world_size
 from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.source import locate
-from hysparse_cli.staging import prepare_output, require_free_space, staged
+from hysparse_cli.staging import staged
 
 Checking = Callable[[], AbstractContextManager[Callable[[int, int], None]]]
-
-STATE_BYTES = 12  # of a trained parameter: its weight and AdamW's two moments, in float32
 
 
 def _silently() -> AbstractContextManager[Callable[[int, int], None]]:
@@ -44,6 +49,7 @@ def finetune(
     options: FinetuneOptions,
     on_step: Callable[[Progress], None],
     checking: Checking = _silently,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> FinetuneResult:
     """Train ``checkpoint``, dense or converted, and write the result to ``out``.
 
@@ -54,6 +60,7 @@ def finetune(
         on_step: called after each optimiser step.
         checking: entered while the data is read to find what is wrong with it; what it gives is
             told the bytes read, and how many there are.
+        on_note: told lines for people, in the first process.
     Raises: a HysparseError of the kind that fits.
     """
     source = locate(checkpoint, trust_remote_code=options.trust_remote_code).folder
@@ -62,23 +69,34 @@ def finetune(
     check_package(options.log_to)
     check_peft(options)
     rows_of_step(options, world_size())
-    with joined(options.device, options.sequence_parallel_size) as group, _interruptible(out):
-        saved = group.from_first(_prepare(out, source, options) if group.is_first else None)
+    check_folder(out)
+    with (
+        joined(options.device, options.sequence_parallel_size) as group,
+        _interruptible(out),
+        locked(state_folder(out), on_note) if group.is_first else nullcontext(),
+    ):
+        found = None
+        if group.is_first:
+            found = begin(out, source, options, group.device, on_note)
+        start = group.from_first(found)
+        if isinstance(start, FinetuneResult):
+            return start
+        assert start is not None
         with checking() as on_read:
             corpus.check(on_read)
         with out_of_memory_is(_out_of_memory(options)):
-            trainer, result = _train(
-                checkpoint, out, source, options, saved, group, corpus, on_step
-            )
+            trainer, result = _train(checkpoint, out, start, group, corpus, on_step)
         weights = {}
         for name, weight in whole(trainer.trained.items()):
             if group.is_first:
                 weights[name] = weight.cpu()
         if group.is_first:
-            inputs = _inputs(source, options)
-            with staged(out, overwrite=options.overwrite, inputs=inputs) as folder:
-                write_checkpoint(folder, checkpoint, weights, options, result)
-            remove_state(out)
+            asked = options if start.run.asked == start.run.stages else start.options
+            inputs = inputs_of(source, options)
+            with staged(out, overwrite=start.replaces, inputs=inputs) as folder:
+                write_checkpoint(folder, checkpoint, weights, asked, result)
+            if not options.keep_state:
+                remove_state(out)
         group.from_first(None)  # nobody leaves before the checkpoint is there
     return result
 
@@ -86,14 +104,12 @@ def finetune(
 def _train(
     checkpoint: str,
     out: Path,
-    source: Path,
-    options: FinetuneOptions,
-    saved: Path | None,
+    start: Start,
     group: Group,
     corpus: Corpus,
     on_step: Callable[[Progress], None],
 ) -> tuple[Trainer, FinetuneResult]:
-    facts = read_facts(saved, source, options) if saved is not None else None
+    options = start.options
     torch.manual_seed(options.seed + group.rank)
     loaded, teacher = _load_models(checkpoint, options)
     prepare_rows(loaded.model, checkpoint, options.sequence_parallel_size, trained=True)
@@ -103,15 +119,14 @@ def _train(
         add_adapters(loaded.model, options)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     names = _trained_names(loaded.model, options)
-    require_free_space(out, _disk_bytes(loaded.model, names, options))
     if options.gradient_checkpointing:
         _checkpoint_activations(loaded.model)
     healing = sharded(loaded.model, teacher, names, group)
     trained = {name: p for name, p in loaded.model.named_parameters() if name in names}
     rows = PackedRows(options, loaded.tokenizer, corpus)
-    trainer = Trainer(healing, trained, rows, options, group)
-    if saved is not None and facts is not None:
-        trainer.resume(saved, facts)
+    trainer = Trainer(healing, trained, rows, start, group)
+    if start.saved is not None:
+        trainer.resume(start.saved)
     resumed_at = len(trainer.history)
     with scalars(out, options, resumed_at, group) as log:
 
@@ -119,7 +134,7 @@ def _train(
             log(now)
             on_step(now)
 
-        seconds = trainer.run(out, source, both)
+        seconds = trainer.run(out, both)
     tokens = sum(step.tokens for step in trainer.history[resumed_at:])
     return trainer, FinetuneResult(
         checkpoint=checkpoint,
@@ -135,18 +150,9 @@ def _train(
         peak_memory_bytes=max(step.peak_memory_bytes for step in trainer.history),
         bad_rows=corpus.bad_rows,
         steps=trainer.history,
+        run=start.run,
+        notes=start.facts["notes"],
     )
-
-
-def _prepare(out: Path, source: Path, options: FinetuneOptions) -> Path | None:
-    """Tidy up after earlier runs; the state to go on from, if any."""
-    prepare_output(out, overwrite=options.overwrite, inputs=_inputs(source, options))
-    return begin_or_resume(out, options)
-
-
-def _inputs(source: Path, options: FinetuneOptions) -> list[Path]:
-    """The folders that OUT must not replace."""
-    return [source, *([locate(options.teacher).folder] if options.teacher else [])]
 
 
 def _check_processes(options: FinetuneOptions) -> None:
@@ -167,13 +173,9 @@ def _interruptible(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if (saved := saved_state(out)) is None:
+        if (kept := kept_of(out)) is None:
             raise
-        number = int(saved.name.rpartition("-")[2])
-        raise Interrupted(
-            f"interrupted; the state of step {number} is kept in {saved.parent}: --resume auto "
-            "goes on from there"
-        ) from None
+        raise Interrupted(kept) from None
 
 
 def _trained_names(model: Any, options: FinetuneOptions) -> set[str]:
@@ -183,13 +185,6 @@ def _trained_names(model: Any, options: FinetuneOptions) -> set[str]:
         for stage in options.resolved_stages()
         for name in select_trainable(model, stage.trainable)
     }
-
-
-def _disk_bytes(model: Any, names: set[str], options: FinetuneOptions) -> int:
-    """Bytes of the checkpoint, and of two states (the next is written before the last goes)."""
-    output: int = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for name, p in model.named_parameters() if name in names)
-    return output + (2 * trained * STATE_BYTES if options.save_every_steps else 0)
 
 
 def _checkpoint_activations(model: Any) -> None:
@@ -258,21 +253,24 @@ def _check_same_vocabulary(student: Loaded, teacher: Loaded, name: str) -> None:
 
 
 def _out_of_memory(options: FinetuneOptions) -> str:
-    remedies = []
+    same, others = [], []  # with the first kind, --resume goes on with the same run
     if options.batch_size > 1:
-        remedies.append(
+        same.append(
             f"finetune.batch_size below {options.batch_size} (and gradient_accumulation up by as "
             "much)"
         )
     if not options.gradient_checkpointing:
-        remedies.append("gradient_checkpointing: true")
-    if options.dtype in ("auto", "float32"):
-        remedies.append("dtype: bfloat16")
-    if options.trainable == "all":
-        remedies.append("trainable: attention or new")
-    remedies.append(
+        same.append("gradient_checkpointing: true")
+    same.append(
         f"sequence_parallel_size above {options.sequence_parallel_size} (processes that split each "
         "row's tokens, up to the number of KV heads)"
     )
-    remedies.append(f"sequence_tokens below {options.sequence_tokens}")
-    return f"out of memory; what helps, most first: {', '.join(remedies)}"
+    if options.dtype in ("auto", "float32"):
+        others.append("dtype: bfloat16")
+    if options.trainable == "all":
+        others.append("trainable: attention or new")
+    others.append(f"sequence_tokens below {options.sequence_tokens}")
+    return (
+        f"out of memory; what helps, most first: {', '.join(same)}, with all of which --resume "
+        f"auto goes on where state was saved; {', '.join(others)}, which begin another run"
+    )

@@ -5,9 +5,12 @@ at all, removed when OUT is there. In it are the sharded tensors, as torch.distr
 writes them, so that any number of processes can go on, and ``run.pt`` with the rest.
 """
 
-import errno
+import io
 import os
+import re
 import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +20,25 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from hysparse_cli.errors import HysparseError, InvalidRecipe, OutOfResources, UnreadableInput
+from hysparse_cli.errors import (
+    HysparseError,
+    InvalidRecipe,
+    OutOfResources,
+    UnreadableInput,
+    from_system,
+    system_error,
+    writes,
+)
 from hysparse_cli.finetune.group import Group
+from hysparse_cli.finetune.lock import LOCK
 from hysparse_cli.finetune.metadata import Reader
+from hysparse_cli.printable import printable, single_line
 from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.staging import sync, sync_tree
 
-FORMAT = 2
-_FACTS, _PARTIAL, _STEP = "run.pt", "partial", "step-"
-_MAY_CHANGE = {
-    "resume",
-    "skip_bad_rows",
-    "save_every_steps",
-    "overwrite",
-    "trust_remote_code",
-    "device",
-    "log_to",
-    "nproc_per_node",
-    "sequence_parallel_size",
-    "stop_when_rising_steps",
-}
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORMAT = 3
+FACTS, _PARTIAL = "run.pt", "partial-"
+_STEP = re.compile(r"step-([0-9]{9,})")
 
 Facts = dict[str, Any]
 Tensors = dict[str, Any]
@@ -53,7 +54,40 @@ def saved_state(out: Path) -> Path | None:
     return _last(state_folder(out))
 
 
-def begin_or_resume(out: Path, options: FinetuneOptions) -> Path | None:
+def step_of(saved: Path) -> int:
+    """The number of the step in the name of a saved state."""
+    return int(saved.name.rpartition("-")[2])
+
+
+def kept_of(out: Path) -> str | None:
+    """What an interrupt says is kept of a run, if any state is."""
+    if (saved := saved_state(out)) is None:
+        return None
+    return (
+        f"interrupted; the state of step {step_of(saved)} is kept in {saved.parent}: --resume auto "
+        "goes on from there"
+    )
+
+
+def check_folder(out: Path) -> None:
+    """Raises: InvalidRecipe where what lies at the place of ``out``'s state is something else."""
+    folder = state_folder(out)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InvalidRecipe(
+            f"{folder} is no folder, but a run that writes {out} keeps its state there: move it "
+            "away, or give another OUT"
+        )
+    ours = (LOCK, _PARTIAL)
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in found if not name.startswith(ours) and not _STEP.fullmatch(name)]
+    if foreign:
+        raise InvalidRecipe(
+            f"{folder} holds {printable(foreign[0])}, which is no state of a run: move it away, or "
+            "give another OUT"
+        )
+
+
+def state_to_resume(out: Path, options: FinetuneOptions) -> Path | None:
     """The folder of the state to go on from, or None for a run that begins.
 
     Raises: InvalidRecipe where a state is there and it is not said what to do with it, or
@@ -67,18 +101,16 @@ def begin_or_resume(out: Path, options: FinetuneOptions) -> Path | None:
         given = _given(Path(asked))
         if last is not None and given.resolve().parent == last.resolve().parent:
             return given
-    if last is not None:
-        if not options.overwrite:
-            raise InvalidRecipe(
-                f"{state_folder(out)} holds the state of a run that was stopped: --resume auto "
-                "goes on with it, --overwrite begins again"
-            )
-        remove_state(out)
+    if last is not None and not options.overwrite:
+        raise InvalidRecipe(
+            f"{state_folder(out)} holds the state of a run, at step {step_of(last)}: --resume auto "
+            "goes on with it, --overwrite begins again"
+        )
     return given
 
 
 def _given(folder: Path) -> Path:
-    found = folder if (folder / _FACTS).is_file() else _last(folder)
+    found = folder if (folder / FACTS).is_file() else _last(folder)
     if found is None:
         raise InvalidRecipe(
             f"nothing to resume: {folder} is no folder of a state, such as OUT.state; --resume "
@@ -88,16 +120,13 @@ def _given(folder: Path) -> Path:
 
 
 def _last(folder: Path) -> Path | None:
-    return max(folder.glob(f"{_STEP}*[0-9]"), default=None)
+    return max(_steps(folder), key=step_of, default=None)
 
 
-def run_of(checkpoint: Path, options: FinetuneOptions) -> dict[str, Any]:
-    """What must be the same for a state to be gone on with."""
-    assert options.data is not None
-    fields = options.model_dump(mode="json", exclude=_MAY_CHANGE)
-    file = Path(options.data)
-    size = file.stat().st_size if file.is_file() else None
-    return {"checkpoint": str(checkpoint.resolve()), "bytes of data": size, **fields}
+def _steps(folder: Path) -> Iterator[Path]:
+    for path in folder.glob("step-*"):
+        if _STEP.fullmatch(path.name) and path.is_dir():
+            yield path
 
 
 def save_state(out: Path, number: int, tensors: Tensors, facts: Facts, group: Group) -> None:
@@ -105,50 +134,55 @@ def save_state(out: Path, number: int, tensors: Tensors, facts: Facts, group: Gr
 
     Args:
         tensors: named, of this process's share. facts: of the first process are kept.
-    Raises: OutOfResources where the disk is full; the state before stays.
+    Raises: OutOfResources where the disk is full or can't be written; the state before stays.
     """
-    folder = state_folder(out)
-    partial, rng = folder / _PARTIAL, group.from_each(_rng_state())
+    folder, rng = state_folder(out), group.from_each(_rng_state())
+    # a name of its own, which no process of a run that was killed still writes to
+    partial = folder / f"{_PARTIAL}{group.from_first(uuid.uuid4().hex[:8])}"
     try:
         if group.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_partial(folder)
             partial.mkdir(parents=True)
         group.from_first(None)
-        save(tensors, storage_writer=FileSystemWriter(partial))
+        save(tensors, storage_writer=FileSystemWriter(partial, sync_files=False))  # below
         if group.is_first:
-            torch.save({"format": FORMAT, **facts, "rng": rng}, partial / _FACTS)
+            content = io.BytesIO()
+            torch.save({"format": FORMAT, **facts, "rng": rng}, content)
+            (partial / FACTS).write_bytes(content.getbuffer())
             sync_tree(partial)
-            _replace(folder, partial, f"{_STEP}{number:09}")
-    except (OSError, CheckpointException, RuntimeError) as error:
-        if isinstance(error, CheckpointException) and _interrupted(error):
-            raise KeyboardInterrupt from error
-        if not _no_space(error):
-            raise
+            _replace(folder, partial, f"step-{number:09}")
+    except BaseException as error:
         if group.is_first:
             shutil.rmtree(partial, ignore_errors=True)
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
+        if (refusal := _refusal(error)) is None:
+            raise
         raise OutOfResources(
-            f"disk full while saving step {number} to {folder}: free some space, then --resume "
-            "auto; the state before this one is kept"
+            f"{from_system(refusal, folder, writing=True)}; the state of step {number} is not "
+            f"saved, {_kept(out)}"
         ) from error
 
 
-def read_facts(saved: Path, checkpoint: Path, options: FinetuneOptions) -> Facts:
+def _kept(out: Path) -> str:
+    last = saved_state(out)
+    if last is None:
+        return "and there is none before it"
+    return f"that of step {step_of(last)} is kept: then --resume auto goes on from it"
+
+
+def read_facts(saved: Path) -> Facts:
     """What ``save_state`` was given of the run in the folder ``saved``.
 
-    Raises: UnreadableInput where it can't be read; InvalidRecipe where it belongs to a run of
-        another checkpoint, other data or other options.
+    Raises: UnreadableInput where it can't be read; InvalidRecipe where another version wrote it.
     """
-    file = saved / _FACTS
+    file = saved / FACTS
     try:
-        facts: Facts = torch.load(file, map_location="cpu", weights_only=True)
+        facts = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds where it is not what save_state wrote
         raise _unreadable(file, error) from None
-    if facts.get("format") != FORMAT:
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InvalidRecipe(f"{file} was written by another version: begin again with --overwrite")
-    then, now = facts["run"], run_of(checkpoint, options)
-    if changed := sorted(key for key in now if then.get(key) != now[key]):
-        what = "; ".join(f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in changed)
-        raise InvalidRecipe(f"{saved} belongs to another run: {what}")
     return facts
 
 
@@ -169,10 +203,10 @@ def read_tensors(saved: Path, tensors: Tensors) -> None:
 def remove_state(out: Path) -> None:
     """Remove what ``save_state`` wrote."""
     folder = state_folder(out)
-    for path in (*folder.glob(f"{_STEP}*"), folder / _PARTIAL):
-        shutil.rmtree(path, ignore_errors=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    with writes(folder):
+        for path in list(_steps(folder)):
+            _remove(path)
+        _remove_partial(folder)
 
 
 def restore_rng(facts: Facts, group: Group) -> None:
@@ -192,30 +226,48 @@ def _rng_state() -> dict[str, Any]:
 
 def _replace(folder: Path, partial: Path, name: str) -> None:
     """Make ``partial`` the state, and remove every other."""
-    shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that went on from before it
+    if (folder / name).exists():  # left by a run that went on from before it
+        _remove(folder / name)
     os.replace(partial, folder / name)
     sync(folder)
-    for old in folder.glob(f"{_STEP}*"):
+    for old in list(_steps(folder)):
         if old.name != name:
-            shutil.rmtree(old)
+            _remove(old)
 
 
-def _interrupted(error: CheckpointException) -> bool:
-    return any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values())
+def _remove(step: Path) -> None:
+    """Remove a state, which is no longer called one while it is removed."""
+    doomed = step.with_name(f"{_PARTIAL}{step.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(step, doomed)
+    shutil.rmtree(doomed)
 
 
-def _no_space(error: BaseException) -> bool:
-    """Whether ``error`` or what caused it says that the disk is full."""
+def _remove_partial(folder: Path) -> None:
+    for left in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _interrupted(error: BaseException) -> bool:
     if isinstance(error, CheckpointException):
-        return any(_no_space(failure) for failure, _ in error.failures.values())
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.errno in _NO_SPACE:
-            return True
-        found = found.__cause__ or found.__context__
-    return False
+        return any(_interrupted(failure) for failure, _ in error.failures.values())
+    return isinstance(error, KeyboardInterrupt)
+
+
+def _refusal(error: BaseException) -> OSError | None:
+    """The system's refusal that ``error`` reports, or that caused it."""
+    if isinstance(error, CheckpointException):
+        found = [_refusal(failure) for failure, _ in error.failures.values()]
+        return next((refusal for refusal in found if refusal is not None), None)
+    cause: BaseException | None = error
+    while cause is not None:
+        if (refusal := system_error(cause)) is not None:
+            return refusal
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _unreadable(what: Path, error: BaseException) -> UnreadableInput:
-    reason = " ".join(str(error).split())
-    return UnreadableInput(f"{what} can't be read: {reason}; begin again without it")
+    return UnreadableInput(
+        f"{what} can't be read: {single_line(error)}; begin again with --overwrite"
+    )

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import accumulate, islice
 from pathlib import Path
@@ -15,16 +15,16 @@ from torch.distributed.tensor import DTensor
 from transformers import get_wsd_schedule
 
 from hysparse_cli.errors import UnreadableInput
+from hysparse_cli.finetune.begin import Start
 from hysparse_cli.finetune.data import PackedRows, Row
 from hysparse_cli.finetune.group import Group
 from hysparse_cli.finetune.losses import count_targets
 from hysparse_cli.finetune.result import Progress, Step
 from hysparse_cli.finetune.sharding import Healing, train_only
 from hysparse_cli.finetune.share import own_batches, rows_of_step
-from hysparse_cli.finetune.state import Facts, read_tensors, restore_rng, run_of, save_state
+from hysparse_cli.finetune.state import read_facts, read_tensors, restore_rng, save_state
 from hysparse_cli.finetune.watchdog import Watchdog
 from hysparse_cli.finetune.weights import decay_groups
-from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.recipe.finetune import Stage
 
 
@@ -35,6 +35,7 @@ class Trainer:
         healing: the sharded model and its teacher.
         trained: what any stage trains, by name, float32.
         rows: the data; every process reads all of it.
+        start: with the stages to run.
     """
 
     def __init__(
@@ -42,19 +43,19 @@ class Trainer:
         healing: Healing,
         trained: dict[str, nn.Parameter],
         rows: PackedRows,
-        options: FinetuneOptions,
+        start: Start,
         group: Group,
     ):
         self.healing, self.trained, self.rows = healing, trained, rows
-        self.options, self.group = options, group
-        self.stages = options.resolved_stages()
+        self.start, self.options, self.group = start, start.options, group
+        self.stages = self.options.resolved_stages()
         self.ends = list(accumulate(stage.steps for stage in self.stages))
-        self.rows_of_step = rows_of_step(options, group.world_size)
+        self.rows_of_step = rows_of_step(self.options, group.world_size)
         self.history: list[Step] = []
-        self.watchdog = Watchdog(options)
+        self.watchdog = Watchdog(self.options)
         self._begin_stage(0, {})
 
-    def run(self, out: Path, checkpoint: Path, on_step: Callable[[Progress], None]) -> float:
+    def run(self, out: Path, on_step: Callable[[Progress], None]) -> float:
         """Train to the last step, saving state as the options say; returns the seconds it took.
 
         Raises: QualityGateFailed where the loss or the gradient goes wrong; UnreadableInput where
@@ -69,32 +70,37 @@ class Trainer:
             self.history.append(self._step(rows))
             seconds = time.perf_counter() - begun
             on_step(self._progress(seconds, first))
-            every = self.options.save_every_steps
+            every = self.options.steps_between_saves
             if every and ((done + 1) % every == 0 or done + 1 == self.ends[-1]):
-                self._save(out, checkpoint)
+                self._save(out)
         self.healing.model.eval()
         return time.perf_counter() - begun
 
-    def resume(self, saved: Path, facts: Facts) -> None:
-        """Go on from the state in ``saved``."""
+    def resume(self, saved: Path) -> None:
+        """Go on from the state in ``saved``.
+
+        Raises: as ``read_facts`` and ``read_tensors`` do.
+        """
+        facts = read_facts(saved)
         self.rows.load_state_dict(facts["rows"])
         self.history = [Step(**step) for step in facts["history"]]
         self.watchdog = Watchdog(self.options, self.history)
         self._begin_stage(facts["stage"], {})
-        self.schedule.load_state_dict(facts["schedule"])
-        for name in facts["moments"]:
+        for name, count in facts["updates"].items():
             weight = self.trained[name]
             self.optimizer.state[weight] = {
-                "step": torch.zeros((), device=weight.device),
+                "step": torch.tensor(count, device=weight.device),
                 "exp_avg": torch.zeros_like(weight),
                 "exp_avg_sq": torch.zeros_like(weight),
             }
-        read_tensors(saved, self._tensors())
+        read_tensors(saved, self._tensors(facts["trained"]))
         restore_rng(facts, self.group)
 
     def _begin_stage(self, number: int, moments: Mapping[Tensor, Any]) -> None:
-        """A new schedule; steps, data and ``moments`` of the weights that are trained go on."""
+        """The stage's schedule, where its steps so far have led it; data and ``moments`` of the
+        weights that are trained go on."""
         self.stage = number
+        done = len(self.history) - (self.ends[number - 1] if number else 0)
         stage, options = self.stages[number], self.options
         parameters = train_only(self.healing, stage.trainable)
         groups = decay_groups(parameters, options.weight_decay)
@@ -113,7 +119,7 @@ class Trainer:
             num_warmup_steps=stage.warmup_steps,
             num_decay_steps=stage.decay_steps,
             num_training_steps=stage.steps + 1,
-            last_epoch=0,  # its first step has learning rate 0: leave it out
+            last_epoch=done,  # its first step has learning rate 0: leave it out
         )
 
     def _step(self, stream: Iterator[Row]) -> Step:
@@ -142,7 +148,7 @@ class Trainer:
             distill_loss=distill,
             align_loss=align,
             hidden_loss=hidden,
-            learning_rate=self.schedule.get_last_lr()[0],
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             gradient_norm=norm,
             tokens=tokens,
             seconds=time.perf_counter() - begun,
@@ -187,26 +193,35 @@ class Trainer:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return torch.tensor([peak], dtype=torch.float64, device=self.group.device)
 
-    def _tensors(self) -> dict[str, Any]:
-        """What is sharded of the state, as it stands; reading it back fills it in place."""
-        weights = {name: weight.detach() for name, weight in self.trained.items()}
-        moments = {name: self.optimizer.state[self.trained[name]] for name in self._moments()}
+    def _tensors(self, trained: Iterable[str]) -> dict[str, Any]:
+        """What is sharded of the state, as it stands; reading it back fills it in place.
+
+        Args:
+            trained: names of weights; a further stage may train more than were saved.
+        """
+        moments = {
+            name: {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
+            for name, state in self._moments().items()
+        }
+        weights = {name: self.trained[name].detach() for name in trained}
         return {"weights": weights, "optimizer": moments}
 
-    def _moments(self) -> list[str]:
-        """Names of the weights that the optimiser has moments of: those that had a gradient."""
-        return [name for name, weight in self.trained.items() if self.optimizer.state.get(weight)]
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        """The optimiser's state of each weight that had a gradient."""
+        found = {name: self.optimizer.state.get(weight) for name, weight in self.trained.items()}
+        return {name: state for name, state in found.items() if state}
 
-    def _save(self, out: Path, checkpoint: Path) -> None:
+    def _save(self, out: Path) -> None:
         facts = {
+            **self.start.facts,
+            "run": asdict(self.start.run),
             "stage": self.stage,
-            "run": run_of(checkpoint, self.options),
-            "moments": self._moments(),
-            "schedule": self.schedule.state_dict(),
+            "trained": list(self.trained),
+            "updates": {name: float(state["step"]) for name, state in self._moments().items()},
             "rows": self.rows.state_dict(),
             "history": [asdict(step) for step in self.history],
         }
-        save_state(out, len(self.history), self._tensors(), facts, self.group)
+        save_state(out, len(self.history), self._tensors(self.trained), facts, self.group)
 
 
 def _alone(row: Row) -> Row:

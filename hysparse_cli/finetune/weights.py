@@ -1,6 +1,8 @@
 """What is trained: a group of parameters, and which of them decay."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -23,7 +25,7 @@ def select_trainable(model: Any, group: str) -> dict[str, nn.Parameter]:
     Raises: InvalidRecipe where the model has none; UnsupportedModel where its family's attention is
         not known.
     """
-    belongs = _GROUPS[group](model)
+    belongs = in_group(model.config, group)
     adapted = any(ADAPTER in name for name, _ in model.named_parameters())
     chosen = {}
     for name, parameter in model.named_parameters():
@@ -39,14 +41,31 @@ def select_trainable(model: Any, group: str) -> dict[str, nn.Parameter]:
     return chosen
 
 
-def attention_places(model: Any, *, sparse_only: bool) -> tuple[str, ...]:
-    """What the names of everything in the model's attention modules, or sparse ones, begin with."""
-    spec = spec_of(model.config)
-    layers: Iterable[int] = range(model.config.num_hidden_layers)
-    if sparse_only:
-        layers = () if spec is None else spec.layers.sparse_layers
-    path = family_of(model.config.model_type).attention
-    return tuple(f"{path.format(layer=layer)}." for layer in layers)
+def in_group(config: Any, group: str) -> Callable[[str], bool]:
+    """Whether a parameter of this name is in ``group``.
+
+    Args:
+        config: a transformers config, or its values as attributes.
+    Raises: UnsupportedModel where the group is of attention and the family's is not known.
+    """
+    return _GROUPS[group](config)
+
+
+def attention_names(config: Any, *, sparse_only: bool) -> Callable[[str], bool]:
+    """Whether a name is of something in an attention module, or one of a sparse layer.
+
+    Raises: UnsupportedModel where the family's attention is not known.
+    """
+    path = re.escape(family_of(config.model_type).attention)
+    place = re.compile(path.replace(re.escape("{layer}"), r"(\d{1,9})") + r"\.")
+    spec = spec_of(config)
+    sparse = set() if spec is None else set(spec.layers.sparse_layers)
+
+    def belongs(name: str) -> bool:
+        found = place.match(name)
+        return found is not None and (not sparse_only or int(found[1]) in sparse)
+
+    return belongs
 
 
 def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -61,27 +80,9 @@ def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> li
     ]
 
 
-def _all(model: Any) -> Callable[[str], bool]:
-    return lambda name: True
-
-
-def _attention(model: Any) -> Callable[[str], bool]:
-    places = attention_places(model, sparse_only=False)
-    return lambda name: name.startswith(places)
-
-
-def _sparse_attention(model: Any) -> Callable[[str], bool]:
-    places = attention_places(model, sparse_only=True)
-    return lambda name: name.startswith(places)
-
-
-def _new(model: Any) -> Callable[[str], bool]:
-    return lambda name: NEW in name
-
-
 _GROUPS: dict[str, Callable[[Any], Callable[[str], bool]]] = {
-    "all": _all,
-    "attention": _attention,
-    "sparse-attention": _sparse_attention,
-    "new": _new,
+    "all": lambda config: lambda name: True,
+    "attention": partial(attention_names, sparse_only=False),
+    "sparse-attention": partial(attention_names, sparse_only=True),
+    "new": lambda config: lambda name: NEW in name,
 }

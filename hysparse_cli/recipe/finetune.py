@@ -1,9 +1,10 @@
 """Options of ``hysparse finetune``."""
 
 from itertools import accumulate, pairwise
+from math import ceil
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from hysparse_cli.recipe.fields import (
     Beta,
@@ -25,6 +26,20 @@ Weight = Annotated[Real, Field(ge=0)]
 Steps = Annotated[int, Field(ge=0)]
 
 DEFAULT_STEPS = 200
+DEFAULT_SAVES, FEWEST_STEPS_BETWEEN = 10, 10  # of a run's state
+
+
+def _steps_or_off(value: object) -> object:
+    """YAML reads ``off`` as False, and a flag is text."""
+    if value is False or value == "off":
+        return "off"
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError("neither a number of steps, 1 or more, nor off")
+    return number
+
+
+StepsOrOff = Annotated[int | Literal["off"], BeforeValidator(_steps_or_off)]
 
 
 class StageOptions(Section):
@@ -111,10 +126,13 @@ class FinetuneOptions(Section):
     trains low-rank adapters of the attention projections instead of the weights.
     ``stop_when_rising_steps``: see watchdog.py.
 
-    State is saved in OUT.state every ``save_every_steps`` steps; ``resume`` is "auto" (from there
-    if there is any, else from the start) or a state's folder. ``log_to`` writes scalars to OUT.logs
-    or W&B. ``nproc_per_node`` processes share each step's rows; with ``sequence_parallel_size`` so
-    many of them split the tokens of each row, and the KV heads in attention.
+    State is saved in OUT.state every ``save_every_steps`` steps, by default every tenth of the run
+    but no more often than every 10 steps, with "off" never; ``resume`` is "auto" (from there if
+    there is any, else from the start) or a state's folder. ``keep_state`` leaves the last state
+    there when OUT is written: with more ``steps``, or further ``stages``, a finished run then goes
+    on. ``log_to`` writes scalars to OUT.logs or W&B. ``nproc_per_node`` processes share each step's
+    rows; with ``sequence_parallel_size`` so many of them split the tokens of each row, and the KV
+    heads in attention.
     """
 
     data: FilePath | None = None
@@ -144,7 +162,8 @@ class FinetuneOptions(Section):
     lora_alpha: Positive | None = None
     gradient_checkpointing: bool = False
     stop_when_rising_steps: Positive | None = 100
-    save_every_steps: Positive | None = None
+    save_every_steps: StepsOrOff | None = None
+    keep_state: bool = False
     resume: FilePath | None = None
     log_to: Literal["tensorboard", "wandb"] | None = None
     nproc_per_node: Positive | None = None
@@ -160,14 +179,29 @@ class FinetuneOptions(Section):
         """Optimiser steps of all stages together."""
         return sum(stage.steps for stage in self.resolved_stages())
 
+    @property
+    def steps_between_saves(self) -> int | None:
+        """How often state is saved; None is never."""
+        if self.save_every_steps == "off":
+            return None
+        tenth = ceil(self.total_steps / DEFAULT_SAVES)
+        return self.save_every_steps or max(FEWEST_STEPS_BETWEEN, tenth)
+
     def resolved_stages(self) -> list[Stage]:
         """The stages to run, each with every field filled in and as long as it will be."""
         if not self.stages:
-            wants_teacher = self.distill_weight or self.hidden_weight
-            objective: Objective = "distill" if self.teacher and wants_teacher else "train"
-            steps = self.steps or DEFAULT_STEPS
-            return [self._resolved(StageOptions(objective=objective, steps=steps), steps)]
+            only = self._only_stage()
+            return [self._resolved(only, only.steps)]
         return [self._resolved(s, n) for s, n in zip(self.stages, self._lengths(), strict=True)]
+
+    def further_stage(self, steps: int) -> Stage:
+        """A stage of ``steps`` steps that is otherwise the last one once more."""
+        return self._resolved(self.stages[-1] if self.stages else self._only_stage(), steps)
+
+    def _only_stage(self) -> StageOptions:
+        wants_teacher = self.distill_weight or self.hidden_weight
+        objective: Objective = "distill" if self.teacher and wants_teacher else "train"
+        return StageOptions(objective=objective, steps=self.steps or DEFAULT_STEPS)
 
     def _lengths(self) -> list[int]:
         """Steps of each stage; in proportion where ``steps`` says how many there are in all."""

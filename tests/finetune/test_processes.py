@@ -184,8 +184,14 @@ def test_only_the_first_process_to_fail_speaks(
     assert not fails_first(1)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_of_all_processes_is_one_line(
-    hysparse: Hysparse, tiny_original: Path, documents_file: Path, tmp_path: Path
+    hysparse: Hysparse,
+    tiny_original: Path,
+    documents_file: Path,
+    tmp_path: Path,
+    number: int,
+    code: int,
 ) -> None:
     out = tmp_path / "out"
     flags = ("--data", documents_file, "--nproc-per-node=2", "--batch-size=3")
@@ -198,10 +204,11 @@ def test_an_interrupt_of_all_processes_is_one_line(
     while not list(tmp_path.glob("out.state/step-*")):
         assert run.poll() is None
         time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     printed, errors = run.communicate()
-    lines = [line for line in errors.splitlines() if not line.startswith("step ")]
-    assert (run.returncode, printed) == (130, "")
+    first, *lines = [line for line in errors.splitlines() if not line.startswith("step ")]
+    assert (run.returncode, printed) == (code, "")
+    assert first.startswith("hysparse: state is saved every 1 step in ")
     assert len(lines) == 1
     assert lines[0].startswith("hysparse: interrupted; the state of step ")
     assert "out.state: --resume auto" in lines[0]
