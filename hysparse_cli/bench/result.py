@@ -17,7 +17,7 @@ from hysparse_cli.staging import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
+    from hysparse_cli.tables import Table
 
 SCHEMA = "hysparse.bench/2"
 
@@ -102,7 +102,7 @@ class Bench:
 
     def _table(self, phase: str) -> "Table":
         from rich import box
-        from rich.table import Table
+        from hysparse_cli.tables import Table
 
         table = Table(
             title=phase,

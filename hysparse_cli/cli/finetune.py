@@ -1,7 +1,6 @@
 """``hysparse finetune``: also what each process of a launched run calls."""
 
 import sys
-from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -19,7 +18,7 @@ from hysparse_cli.cli.shared import (
     RecipeFile,
     show,
 )
-from hysparse_cli.progress import training_steps
+from hysparse_cli.progress import training
 
 
 def finetune(
@@ -69,8 +68,9 @@ def finetune(
         raise AlreadySaid(launch(sys.argv[1:], options))
     from hysparse_cli import finetune as finetuning
 
-    is_first = processes.rank() == 0
-    with training_steps() if is_first else nullcontext(lambda now: None) as on_step:
-        result = finetuning.finetune(checkpoint, out, options, on_step)
-    if is_first:
-        show(result, as_json)
+    if processes.rank() > 0:
+        finetuning.finetune(checkpoint, out, options, lambda now: None)
+        return
+    with training() as told:
+        result = finetuning.finetune(checkpoint, out, options, told.on_step, told.on_stage)
+    show(result, as_json)

@@ -2,7 +2,7 @@
 
 import yaml
 
-from hysparse_cli.convert.plan import CONTEXTS, Plan, readable
+from hysparse_cli.convert.plan import Plan, context_name, readable
 
 _BODY = """\
 # {name}, retrofitted into HySparse
@@ -71,12 +71,12 @@ def model_card(plan: Plan) -> str:
         window=spec.window_tokens,
         swapped=f"\n| attention swapped | {swapped} |" if spec.swapped else "",
         dtype=plan.dtype,
-        kv="\n".join(_kv_row(plan, name, tokens) for name, tokens in CONTEXTS.items()),
+        kv="\n".join(_kv_row(plan, context) for context in plan.contexts),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{body}"
 
 
-def _kv_row(plan: Plan, name: str, tokens: int) -> str:
-    dense = plan.dense_kv.total_bytes(tokens, plan.itemsize)
-    ours = plan.kv.total_bytes(tokens, plan.itemsize)
-    return f"| {name} | {readable(dense)} | {readable(ours)} | {dense / ours:.2f}x |"
+def _kv_row(plan: Plan, context: int) -> str:
+    dense = plan.dense_kv.total_bytes(context, plan.itemsize)
+    ours = plan.kv.total_bytes(context, plan.itemsize)
+    return f"| {context_name(context)} | {readable(dense)} | {readable(ours)} | {dense / ours:.2f}x |"

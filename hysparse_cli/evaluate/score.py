@@ -124,6 +124,7 @@ class Scorer:
         )
 
     def _load(self, checkpoint: str) -> Loaded:
+        self.on_progress(f"{checkpoint}: loading", 0, 1)
         loaded = load(checkpoint, dtype=self.options.dtype, device=self.options.device)
         _check_lengths(checkpoint, loaded.model.config, self.options)
         self.on_progress(f"{checkpoint}: tokenizing", 0, 1)

@@ -33,7 +33,11 @@ STATE_BYTES = 12  # of a trained parameter: its weight and AdamW's two moments, 
 
 
 def finetune(
-    checkpoint: str, out: Path, options: FinetuneOptions, on_step: Callable[[Progress], None]
+    checkpoint: str,
+    out: Path,
+    options: FinetuneOptions,
+    on_step: Callable[[Progress], None],
+    on_stage: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> FinetuneResult:
     """Train ``checkpoint``, dense or converted, and write the result to ``out``.
 
@@ -42,6 +46,7 @@ def finetune(
     Args:
         checkpoint: a folder or hub id.
         on_step: called after each optimiser step.
+        on_stage: told what is done besides, and how much of it.
     Raises: a HysparseError of the kind that fits.
     """
     source = locate(checkpoint).folder
@@ -54,6 +59,7 @@ def finetune(
         saved = group.from_first(_prepare(out, source, options) if group.is_first else None)
         with out_of_memory_is(_out_of_memory(options)):
             trainer, result = _train(checkpoint, out, source, options, saved, group, on_step)
+        on_stage(f"writing {out.name}", 0, 1)
         weights = {}
         for name, weight in whole(trainer.trained.items()):
             if group.is_first:
