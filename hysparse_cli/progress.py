@@ -212,27 +212,32 @@ class _Lines:
 
 
 class _Stderr:
-    """stderr as it is at each call, whose refusal (a full disk, a closed pipe) fails no work."""
+    """stderr, whose refusal (a full disk, a closed pipe) fails no work.
 
-    encoding = property(lambda self: getattr(sys.stderr, "encoding", "utf-8"))
+    As it is now: rich puts a stream of its own in its place while a bar is shown.
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+        self.encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):
-            sys.stderr.write(text)
+            self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         with suppress(OSError, ValueError):
-            sys.stderr.flush()
+            self._stream.flush()
 
     def isatty(self) -> bool:
         try:
-            return sys.stderr.isatty()
+            return self._stream.isatty()
         except ValueError:  # closed
             return False
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return self._stream.fileno()
 
 
 def _bytes(done: int, total: int) -> str:
