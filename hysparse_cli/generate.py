@@ -18,6 +18,7 @@ from hysparse_cli.printable import single_line
 from hysparse_cli.recipe import GenerateOptions
 
 OnText = Callable[[str], None]
+OnStage = Callable[[str, int, int], None]
 
 _NO_PROMPT = "there is no prompt: give one with --prompt or on stdin"
 
@@ -59,12 +60,18 @@ class Generation:
         }
 
 
-def generate(checkpoint: str, options: GenerateOptions, on_text: OnText) -> Generation:
+def generate(
+    checkpoint: str,
+    options: GenerateOptions,
+    on_text: OnText,
+    on_stage: OnStage = lambda stage, done, total: None,
+) -> Generation:
     """Continue ``options.prompt``, or answer it with ``chat``.
 
     Args:
         checkpoint: a folder or hub id.
         on_text: gets the text piece by piece; with beam search whole, at the end.
+        on_stage: told what is going on, and new tokens of how many.
     Raises: InvalidRecipe where the prompt is empty or too long, or there is no chat template;
         OutOfResources; what ``load`` raises.
     """
@@ -84,6 +91,11 @@ def generate(checkpoint: str, options: GenerateOptions, on_text: OnText) -> Gene
         )
     streams = options.num_beams == 1
     torch.manual_seed(options.seed)
+
+    def on_token(count: int) -> None:
+        on_stage("generating", count, options.max_new_tokens)
+
+    on_token(0)
     begun = time.perf_counter()
     with out_of_memory_is(
         f"out of memory with {prompt_tokens} prompt tokens: shorten the prompt, use fewer beams or "
@@ -95,7 +107,7 @@ def generate(checkpoint: str, options: GenerateOptions, on_text: OnText) -> Gene
                 max_new_tokens=options.max_new_tokens,
                 num_beams=options.num_beams,
                 return_dict_in_generate=True,
-                streamer=_Streamer(loaded.tokenizer, on_text) if streams else None,
+                streamer=_Streamer(loaded.tokenizer, on_text, on_token) if streams else None,
                 trust_remote_code=False,  # or a way of decoding may be fetched from the hub
                 **_sampling(options),
             )
@@ -115,9 +127,14 @@ def generate(checkpoint: str, options: GenerateOptions, on_text: OnText) -> Gene
 
 
 class _Streamer(TextStreamer):
-    def __init__(self, tokenizer: Any, on_text: OnText):
+    def __init__(self, tokenizer: Any, on_text: OnText, on_token: Callable[[int], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
+        self.on_text, self.on_token, self.count = on_text, on_token, -1
+
+    def put(self, value: Tensor) -> None:
+        super().put(value)
+        self.count += 1  # the prompt comes first
+        self.on_token(self.count)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:

@@ -30,6 +30,8 @@ class Timing:
         return low + part * (high - low)
 
     def __str__(self) -> str:
+        if len(self.samples_ms) == 1:
+            return milliseconds(self.median)
         half_range = (max(self.samples_ms) - min(self.samples_ms)) / 2
         return f"{milliseconds(self.median)} ±{half_range / self.median:.0%}"
 

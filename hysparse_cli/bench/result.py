@@ -17,7 +17,8 @@ from hysparse_cli.staging import whole_file, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
+
+    from hysparse_cli.tables import Table
 
 SCHEMA = "hysparse.bench/2"
 RESULT, RECIPE = "bench.json", "recipe.yaml"
@@ -105,7 +106,8 @@ class Bench:
 
     def _table(self, phase: str) -> "Table":
         from rich import box
-        from rich.table import Table
+
+        from hysparse_cli.tables import Table
 
         table = Table(
             title=phase,

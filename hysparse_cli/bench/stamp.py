@@ -3,12 +3,13 @@
 import json
 import os
 import subprocess
-from importlib.metadata import distribution, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hysparse_cli import __version__
 from hysparse_cli.devices import describe
 
 HASH_DIGITS = 12
@@ -22,7 +23,7 @@ READINGS = {
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions and commit, None where one is not known."""
-    found: dict[str, Any] = dict(describe(device)) | {"hysparse": version("hysparse")}
+    found: dict[str, Any] = dict(describe(device)) | {"hysparse": __version__}
     found["commit"] = _commit()
     found["driver"] = _smi("driver_version") if device.type == "cuda" else None
     found["cuda"] = torch.version.cuda if device.type == "cuda" else None
@@ -59,7 +60,7 @@ def _smi(fields: str) -> str | None:
 def _commit() -> str | None:
     """Of the repository that hysparse was installed from, or of the checkout that it runs in, with
     "-dirty" where that is changed; None without either."""
-    if installed := distribution("hysparse").read_text("direct_url.json"):  # PEP 610
+    if installed := _installed_from():
         commit: str | None = json.loads(installed).get("vcs_info", {}).get("commit_id")
         if commit is not None:
             return commit[:HASH_DIGITS]
@@ -67,6 +68,14 @@ def _commit() -> str | None:
     if _output([*git, "ls-files", Path(__file__).name]) is None:  # some other project's checkout
         return None
     return _output([*git, "describe", "--always", "--dirty", f"--abbrev={HASH_DIGITS}"])
+
+
+def _installed_from() -> str | None:
+    """What pip keeps of where it installed hysparse from (PEP 610)."""
+    try:
+        return distribution("hysparse").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
 
 
 def _output(command: list[str]) -> str | None:

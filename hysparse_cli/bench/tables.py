@@ -6,7 +6,7 @@ from hysparse_cli.bench.break_even import break_even_notes
 from hysparse_cli.bench.clock import milliseconds
 from hysparse_cli.bench.exactness import CHECKED_QUERIES, errors_in
 from hysparse_cli.bench.rows import Row
-from hysparse_cli.convert.plan import readable
+from hysparse_cli.convert.plan import context_name, readable
 
 if TYPE_CHECKING:
     from hysparse_cli.bench.result import Bench
@@ -23,7 +23,7 @@ COLUMNS = {
 
 def cells_of_row(row: Row, ceilings: dict[str, float], ratios: dict[str, float]) -> list[str]:
     """As many cells as the row's phase has columns."""
-    cells = [f"{row.batch} x {tokens(row.context)}", row.subject]
+    cells = [f"{row.batch} x {context_name(row.context)}", row.subject]
     if row.error is not None:
         cells.append(row.error)
     elif row.phase == "memory":
@@ -39,11 +39,6 @@ def cells_of_row(row: Row, ceilings: dict[str, float], ratios: dict[str, float])
     else:
         cells += _timed(row, ceilings, ratios)
     return cells + [""] * (len(COLUMNS[row.phase]) - len(cells))
-
-
-def tokens(count: int) -> str:
-    """``128k`` for 131072."""
-    return f"{count // 1024}k" if count >= 1024 and count % 1024 == 0 else f"{count:,}"
 
 
 def _timed(row: Row, ceilings: dict[str, float], ratios: dict[str, float]) -> list[str]:
@@ -72,6 +67,7 @@ def caption(bench: "Bench") -> list[str]:
         "own": "those the model selects for random tokens",
         "local": "made up, shared by neighbouring tokens about as far as a trained model's",
     }
+    spread = "median ± half the range" if options.repeat > 1 else "of one turn, spread unknown"
     notes = [_subject_line(subject) for subject in bench.subjects]
     notes += [
         "x dense: times faster, smaller or more than the best dense subject; attn: the attention "
@@ -79,7 +75,7 @@ def caption(bench: "Bench") -> list[str]:
         f"takes at the least, at {ceilings['bytes_per_second'] / 1e12:.3g} TB/s and "
         f"{ceilings['flops_per_second'] / 1e12:.3g} TFLOP/s as a copy and a matrix product reached "
         "(more than 100%: from a cache)",
-        f"times: median ± half the range; {options.warmup} to warm up and {options.repeat} "
+        f"times: {spread}; {options.warmup} to warm up and {options.repeat} "
         f"measured, in turns; decode: {options.decode_tokens} steps each, at that many tokens in a "
         f"static cache; blocks read: {lists.get(options.lists, options.lists)}",
     ]

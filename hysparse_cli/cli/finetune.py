@@ -1,8 +1,6 @@
 """``hysparse finetune``: also what each process of a launched run calls."""
 
 import sys
-from contextlib import nullcontext
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -27,7 +25,7 @@ from hysparse_cli.cli.shared import (
     warn,
 )
 from hysparse_cli.printable import printable
-from hysparse_cli.progress import progress, training_steps
+from hysparse_cli.progress import training
 
 
 def finetune(
@@ -88,15 +86,16 @@ def finetune(
     from hysparse_cli import finetune as finetuning
     from hysparse_cli.leftovers import left_alone
 
-    is_first = processes.rank() == 0
-    warn(left_alone(out) if is_first else [])
-    unseen = nullcontext(lambda done, total: None)
-    checking = partial(progress, f"checking {options.data}") if is_first else lambda: unseen
-    with training_steps() if is_first else nullcontext(lambda now: None) as on_step:
-        result = finetuning.finetune(checkpoint, out, options, on_step, checking, _note)
-    if is_first:
-        warn(result.bad_rows.warnings(options.data))
-        show(result, as_json)
+    if processes.rank() > 0:
+        finetuning.finetune(checkpoint, out, options, lambda now: None)
+        return
+    warn(left_alone(out))
+    with training() as told:
+        result = finetuning.finetune(
+            checkpoint, out, options, told.on_step, told.on_stage, on_note=_note
+        )
+    warn(result.bad_rows.warnings(options.data))
+    show(result, as_json)
 
 
 def _note(line: str) -> None:

@@ -1,6 +1,7 @@
 """``hysparse generate``: prints the text as it comes."""
 
 import sys
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ from hysparse_cli.cli.shared import (
     write,
 )
 from hysparse_cli.printable import cells
+from hysparse_cli.progress import stages
 
 
 def generate(
@@ -46,7 +48,15 @@ def generate(
     from hysparse_cli import generate as generation
 
     shown = _on_a_terminal if sys.stdout.isatty() else write
-    result = generation.generate(checkpoint, options, (lambda text: None) if as_json else shown)
+    with ExitStack() as waiting:
+        on_stage = waiting.enter_context(stages())
+
+        def on_text(text: str) -> None:
+            if not as_json:
+                waiting.close()  # no bar where text runs
+                shown(text)
+
+        result = generation.generate(checkpoint, options, on_text, on_stage)
     if as_json:
         show(result, as_json)
         return

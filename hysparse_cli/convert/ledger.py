@@ -95,7 +95,7 @@ class Ledger:
         return Group(*tables)
 
     def _table(self, kind: int, tokens: str) -> Any:
-        from rich.table import Table
+        from hysparse_cli.tables import Table
 
         title = f"damage: loss of {tokens}, dense {self.dense[kind]:.4f} nats"
         table = Table(title=title, title_justify="left", title_style="bold")

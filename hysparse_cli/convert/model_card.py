@@ -4,7 +4,7 @@ import re
 
 import yaml
 
-from hysparse_cli.convert.plan import CONTEXTS, Plan, readable
+from hysparse_cli.convert.plan import Plan, context_name, readable
 from hysparse_cli.printable import printable
 
 _MARKUP = re.compile(r"[`|<>\[\]&\\*#{}$]")
@@ -76,7 +76,7 @@ def model_card(plan: Plan) -> str:
         window=spec.window_tokens,
         swapped=f"\n| attention swapped | {swapped} |" if spec.swapped else "",
         dtype=plan.dtype,
-        kv="\n".join(_kv_row(plan, name, tokens) for name, tokens in CONTEXTS.items()),
+        kv="\n".join(_kv_row(plan, context) for context in plan.contexts),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{body}"
 
@@ -86,7 +86,8 @@ def _plain(name: object) -> str:
     return _MARKUP.sub("_", printable(name))
 
 
-def _kv_row(plan: Plan, name: str, tokens: int) -> str:
-    dense = plan.dense_kv.total_bytes(tokens, plan.itemsize)
-    ours = plan.kv.total_bytes(tokens, plan.itemsize)
+def _kv_row(plan: Plan, context: int) -> str:
+    dense = plan.dense_kv.total_bytes(context, plan.itemsize)
+    ours = plan.kv.total_bytes(context, plan.itemsize)
+    name = context_name(context)
     return f"| {name} | {readable(dense)} | {readable(ours)} | {dense / ours:.2f}x |"

@@ -17,7 +17,7 @@ from hysparse_cli.source import Source
 if TYPE_CHECKING:
     from hysparse_cli.convert.measure import Measured
 
-CONTEXTS = {"8k": 8192, "32k": 32768, "128k": 131072}
+CONTEXTS = (8192, 32768, 131072)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -28,6 +28,7 @@ class Plan:
     ``config`` is the new config.json. ``new_tensors`` has full names. ``dtype`` is torch's name of
     the dtype of the new tensors and the cache. ``repack`` says that weights are written anew, not
     copied shard by shard. ``unused`` tensors are kept although transformers will not load them.
+    ``contexts``: lengths in tokens at which people are told what the KV cache comes to.
     ``renamed``: stored tensors that get another layer's name, as ``swaps`` say.
     ``measured``: what running the dense model gave (see measure.py), or None.
     """
@@ -45,6 +46,7 @@ class Plan:
     unused: tuple[str, ...]
     dense_kv: KvCache
     kv: KvCache
+    contexts: tuple[int, ...]
     fit: Fit | None
     selection: Selection | None
     swaps: Swaps | None
@@ -124,7 +126,7 @@ class Plan:
 
     def table(self) -> Any:
         """A row a layer, and the KV cache in total against the dense model's."""
-        from rich.table import Table
+        from hysparse_cli.tables import Table
 
         chosen = (self.fit, self.selection, self.swaps)
         table = Table(
@@ -137,10 +139,10 @@ class Plan:
         table.add_column("layer", justify="right")
         table.add_column("role")
         table.add_column("new tensors")
-        for context in CONTEXTS:
-            table.add_column(f"KV {context}", justify="right", no_wrap=True)
+        for context in self.contexts:
+            table.add_column(f"KV {context_name(context)}", justify="right", no_wrap=True)
         for layer in range(self.num_layers):
-            kv = [readable(self.kv.layer_bytes(layer, c, self.itemsize)) for c in CONTEXTS.values()]
+            kv = [readable(self.kv.layer_bytes(layer, c, self.itemsize)) for c in self.contexts]
             added = dict.fromkeys(_kind(name) for name in self.new_by_layer[layer])
             table.add_row(str(layer), self.role(layer), ", ".join(added) or "—", *kv)
         table.add_section()
@@ -160,12 +162,12 @@ class Plan:
                 "served_by": self._server(layer),
                 "new_tensors": {n: list(self.new_tensors[n].shape) for n in names},
                 "kv_bytes": {
-                    str(c): self.kv.layer_bytes(layer, c, self.itemsize) for c in CONTEXTS.values()
+                    str(c): self.kv.layer_bytes(layer, c, self.itemsize) for c in self.contexts
                 },
             }
             for layer, names in enumerate(self.new_by_layer)
         ]
-        keys = [str(context) for context in CONTEXTS.values()]
+        keys = [str(context) for context in self.contexts]
         return {
             "schema": "hysparse.plan/1",
             "model": self.source.name,
@@ -190,7 +192,19 @@ class Plan:
         return server if self._shares and server != layer else None
 
     def _totals(self, kv: KvCache) -> list[int]:
-        return [kv.total_bytes(context, self.itemsize) for context in CONTEXTS.values()]
+        return [kv.total_bytes(context, self.itemsize) for context in self.contexts]
+
+
+def contexts_up_to(longest: int | None) -> tuple[int, ...]:
+    """Those of ``CONTEXTS`` that a model reads, and the ``longest`` that it does, if known."""
+    if longest is None:
+        return CONTEXTS
+    return (*(context for context in CONTEXTS if context < longest), longest)
+
+
+def context_name(tokens: int) -> str:
+    """``8k`` for 8192."""
+    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,}"
 
 
 def readable(count: int) -> str:

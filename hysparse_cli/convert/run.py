@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hysparse_cli import __version__
 from hysparse_cli import layout as layouts
 from hysparse_cli.checkpoint import (
     FLOATS,
@@ -29,7 +30,7 @@ from hysparse_cli.checkpoint import (
 from hysparse_cli.config_json import without_switches
 from hysparse_cli.convert.loadable import Loadable, check_loadable
 from hysparse_cli.convert.model_card import model_card
-from hysparse_cli.convert.plan import Plan, readable
+from hysparse_cli.convert.plan import Plan, contexts_up_to, readable
 from hysparse_cli.convert.positions import with_positions
 from hysparse_cli.convert.provenance import provenance
 from hysparse_cli.convert.swaps import check_family, check_pairs, exchanged, renamed
@@ -97,7 +98,8 @@ class Conversion:
 
     def as_json(self) -> dict[str, Any]:
         """The report: the plan, what was written, and from what."""
-        packages = ("hysparse", "torch", "transformers", "safetensors")
+        packages = ("torch", "transformers", "safetensors")
+        versions = {"python": platform.python_version(), "hysparse": __version__}
         return {
             "schema": "hysparse.convert/1",
             "plan": self.plan.as_json(),
@@ -107,7 +109,7 @@ class Conversion:
             "non_finite": self.non_finite,
             "warnings": self.warnings,
             "seconds": round(self.seconds, 3),
-            "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+            "versions": versions | {p: version(p) for p in packages},
         }
 
 
@@ -178,6 +180,9 @@ def plan(
         dense_kv=dense_kv,
         kv=dense_kv.with_windows(
             spec.cache_windows if spec.layers.sparse_layers else exchanged(dense_kv.windows, pairs)
+        ),
+        contexts=contexts_up_to(
+            options.max_position_embeddings or getattr(dense, "max_position_embeddings", None)
         ),
         fit=fit,
         selection=selection,

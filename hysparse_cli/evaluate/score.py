@@ -124,6 +124,7 @@ class Scorer:
         )
 
     def _load(self, checkpoint: str) -> Loaded:
+        self.on_progress(f"{checkpoint}: loading", 0, 1)
         options = self.options
         loaded = load(
             checkpoint,

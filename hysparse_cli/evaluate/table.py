@@ -12,9 +12,11 @@ from hysparse_cli.evaluate.result import CheckpointScores, Evaluation, task_diff
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
+
+    from hysparse_cli.tables import Table
 
 MOST_BESIDE_THE_FIRST = 3
+HEADERS = 56  # letters of all headers side by side: longer names fold, longer patterns go below
 
 Show = Callable[[float], str]
 Scores = Sequence[CheckpointScores]
@@ -59,23 +61,31 @@ def tables(evaluation: Evaluation) -> "Group":
 
 def _table(evaluation: Evaluation, places: Sequence[int]) -> "Table":
     from rich import box
-    from rich.table import Table
 
-    several = len(places) > 1
+    from hysparse_cli.tables import Table
+
     names = [evaluation.names[place] for place in places]
+    scores = [evaluation.scores[place] for place in places]
+    share = HEADERS // len(places)
+    below = [f"± 95% confidence of the difference to {names[0]}"] if len(places) > 1 else []
+    below += [
+        f"{name}: {score.attention}"
+        for name, score in zip(names, scores, strict=True)
+        if _is_long(score, share)
+    ]
     table = Table(
         title="Evaluation",
         title_justify="left",
-        caption=f"± 95% confidence of the difference to {names[0]}" if several else None,
+        caption="\n".join(below) or None,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("", no_wrap=True)
     table.add_column("of", justify="right", no_wrap=True)
-    scores = [evaluation.scores[place] for place in places]
     for name, score in zip(names, scores, strict=True):
-        header = f"{name}\n{score.attention}"
-        table.add_column(header, justify="right", overflow="fold")
+        folded = [name[i : i + share] for i in range(0, len(name), share)]
+        attention = score.attention.split()[0] if _is_long(score, share) else score.attention
+        table.add_column("\n".join([*folded, attention]), justify="right", overflow="fold")
     for section in (_of_loss(scores), _of_retrieval(scores), _of_tasks(scores)):
         for line in section:
             count = "" if line.count is None else f"{line.count:,}"
@@ -88,6 +98,10 @@ def _table(evaluation: Evaluation, places: Sequence[int]) -> "Table":
     if skipped := evaluation.bad_rows.count:
         table.add_row("bad rows skipped", f"{skipped:,}")
     return table
+
+
+def _is_long(score: CheckpointScores, share: int) -> bool:
+    return max(map(len, score.attention.split())) > share
 
 
 def _of_loss(scores: Scores) -> Iterator[Line]:

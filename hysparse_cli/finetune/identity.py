@@ -110,11 +110,9 @@ def run_of(source: Path, options: FinetuneOptions) -> Run:
 def teacher_folder(options: FinetuneOptions) -> Path | None:
     """Where the teacher lies, if any stage needs one."""
     needed = any(stage.needs_teacher for stage in options.resolved_stages())
-    return (
-        locate(options.teacher, trust_remote_code=options.trust_remote_code).folder
-        if options.teacher is not None and needed
-        else None
-    )
+    if options.teacher is None or not needed:
+        return None
+    return locate(options.teacher, trust_remote_code=options.trust_remote_code).folder
 
 
 def places_of(source: Path, options: FinetuneOptions) -> dict[str, str]:

@@ -87,7 +87,8 @@ class FinetuneResult:
     def table(self) -> Any:
         """The loss curve at about ten steps."""
         from rich import box
-        from rich.table import Table
+
+        from hysparse_cli.tables import Table
 
         table = Table(
             title=f"{self.checkpoint} → {self.out}", caption=self._caption(), box=box.SIMPLE_HEAD

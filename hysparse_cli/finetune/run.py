@@ -1,7 +1,7 @@
 """From a checkpoint and options to a finetuned checkpoint."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,13 @@ from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.source import locate
 from hysparse_cli.staging import staged
 
-Checking = Callable[[], AbstractContextManager[Callable[[int, int], None]]]
-
-
-def _silently() -> AbstractContextManager[Callable[[int, int], None]]:
-    return nullcontext(lambda done, total: None)
-
 
 def finetune(
     checkpoint: str,
     out: Path,
     options: FinetuneOptions,
     on_step: Callable[[Progress], None],
-    checking: Checking = _silently,
+    on_stage: Callable[[str, int, int], None] = lambda stage, done, total: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> FinetuneResult:
     """Train ``checkpoint``, dense or converted, and write the result to ``out``.
@@ -58,8 +52,7 @@ def finetune(
     Args:
         checkpoint: a folder or hub id.
         on_step: called after each optimiser step.
-        checking: entered while the data is read to find what is wrong with it; what it gives is
-            told the bytes read, and how many there are.
+        on_stage: told what is done besides, and how much of it.
         on_note: told lines for people, in the first process.
     Raises: a HysparseError of the kind that fits.
     """
@@ -82,10 +75,12 @@ def finetune(
         if isinstance(start, FinetuneResult):
             return start
         assert start is not None
-        with checking() as on_read:
-            corpus.check(on_read)
+        corpus.check(
+            lambda done, total: on_stage(f"checking {options.data} (MB)", done >> 20, total >> 20)
+        )
         with out_of_memory_is(_out_of_memory(options)):
             trainer, result = _train(checkpoint, out, start, group, corpus, on_step)
+        on_stage(f"writing {out.name}", 0, 1)
         weights = {}
         for name, weight in whole(trainer.trained.items()):
             if group.is_first:

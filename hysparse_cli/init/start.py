@@ -44,7 +44,7 @@ class Start:
 
     def table(self) -> Any:
         """A row a sparse layer."""
-        from rich.table import Table
+        from hysparse_cli.tables import Table
 
         caption = "squared error of the attention output, relative to the dense layer's"
         table = Table(title="start", title_justify="left", title_style="bold", caption=caption)

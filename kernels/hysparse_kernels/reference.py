@@ -216,7 +216,11 @@ def _attend_masked(
         logits = logits.masked_fill(~visible[:, :, :, None], -torch.inf)
         weights, total, lse = _softmax(logits, sinks)
         out = torch.einsum("btgrs,bsgd->btgrd", weights, v[:, :stop]) / total
-        return out.flatten(2, 3), lse.flatten(2), *(also(logits, lse, seen) if also else ())
+        return (
+            out.flatten(2, 3),
+            lse.flatten(2),
+            *(also(logits, lse, seen) if also is not None else ()),
+        )
 
     out, *rest = _in_slabs(attend, T, max(1, SLAB_LOGITS[q.device.type] // max(1, B * H * S)))
     return out.to(q.dtype), *rest
@@ -277,6 +281,10 @@ def _gather(x_BSGD: Tensor, slots: Tensor) -> Tensor:
     memory, so flattening in that order copies nothing.
     """
     B, S, G, D = x_BSGD.shape
+    if torch.compiler.is_compiling():  # inductor fails on the flattened rows of a window
+        batch = torch.arange(B, device=slots.device).view(B, 1, 1, 1)
+        heads = torch.arange(G, device=slots.device).view(1, 1, G, 1)
+        return _accumulate(x_BSGD[batch, slots.clamp(0, S - 1), heads])
     rows = x_BSGD.transpose(1, 2).reshape(B * G * S, D)
     row_of = torch.arange(B * G, device=slots.device).view(B, 1, G, 1) * S
     return _accumulate(F.embedding(row_of + slots.clamp(0, S - 1), rows))

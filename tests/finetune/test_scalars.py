@@ -9,7 +9,7 @@ from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.finetune import scalars
 from hysparse_cli.finetune.result import Progress, Step
 from hysparse_cli.finetune.scalars import check_package
-from hysparse_cli.progress import training_steps
+from hysparse_cli.progress import training
 from tests.conftest import Hysparse
 
 PACKAGE = "tensorboard"
@@ -77,8 +77,8 @@ def test_a_terminal_shows_a_live_table(
         seconds=2.0,
         peak_memory_bytes=12_340_000_000,
     )
-    with training_steps() as on_step:
-        on_step(Progress(step, 3, 100, 45_678.9, 3725.0))
+    with training() as told:
+        told.on_step(Progress(step, 3, 100, 45_678.9, 3725.0))
     shown = capsys.readouterr().err
     for cell in (
         "2/3 distill",

@@ -13,7 +13,7 @@ from hysparse_cli.staging import write_whole
 from hysparse_kernels.law import Error
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from hysparse_cli.tables import Table
 
 SCHEMA = "hysparse.bench-kernels/1"
 TERA = 1e12
@@ -171,7 +171,8 @@ class KernelBench:
 
     def table(self) -> "Table":
         from rich import box
-        from rich.table import Table
+
+        from hysparse_cli.tables import Table
 
         table = Table(
             title=self._title(),
