@@ -47,7 +47,7 @@ class KeyRange(NamedTuple):
             return visible
         batch = self.mask.shape[0]
         inside = slots.clamp(0, self.mask.shape[1] - 1).expand(batch, *slots.shape[1:])
-        real = self.mask.gather(1, inside.reshape(batch, -1)).view_as(inside)
+        real = self.mask.gather(1, inside.flatten(1)).view_as(inside)
         return visible & real
 
 
