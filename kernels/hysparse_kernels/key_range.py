@@ -11,9 +11,10 @@ class KeyRange(NamedTuple):
 
     A slot is an index into the key tensor. Left padding raises ``first`` for a whole row; packed
     documents raise it at each document's first token. Key blocks are counted from ``first``.
+    Slots outside of the key tensor are seen by none: a ``first`` below 0 counts as 0.
 
-    first: (B, T) or (1, T) int64; None where it is 0 throughout.
-    last: (B, T) or (1, T) int64; the query's own slot, so that attention is causal.
+    first: (B, T) or (1, T) integers; None where it is 0 throughout.
+    last: (B, T) or (1, T) integers; the query's own slot, so that attention is causal.
     mask: (B, S) bool, False for a slot no query may see; None where all are real.
     diagonal: d where query t sees exactly slots 0 .. d + t and the host knows it, so that a kernel
         may rely on it without a wait; else None.
@@ -30,6 +31,10 @@ class KeyRange(NamedTuple):
         diagonal = None if self.diagonal is None else self.diagonal + begin
         return KeyRange(first, self.last[:, begin:end], self.mask, diagonal)
 
+    def inside(self) -> "KeyRange":
+        """The same, with no ``first`` below 0."""
+        return self if self.first is None else self._replace(first=self.first.clamp(min=0))
+
     def sees(self, slots: Tensor) -> Tensor:
         """Whether each query may see ``slots``: (B, T, ...) int64, in or out of the key tensor.
 
@@ -42,7 +47,7 @@ class KeyRange(NamedTuple):
             return visible
         batch = self.mask.shape[0]
         inside = slots.clamp(0, self.mask.shape[1] - 1).expand(batch, *slots.shape[1:])
-        real = self.mask.gather(1, inside.reshape(batch, -1)).view_as(inside)
+        real = self.mask.gather(1, inside.flatten(1)).view_as(inside)
         return visible & real
 
 

@@ -1,9 +1,24 @@
-"""The public ops: shapes checked, a backend chosen, the call handed on."""
+"""The public ops: arguments checked and brought into one form, a backend chosen, the call made.
+
+A slot that ``key_range.mask`` hides never affects a result or a gradient, whatever lies there, NaN
+too. Nor does one beyond the last that any query of its row sees, where there are more slots than
+queries, as in a cache that is longer than its tokens; nor one before a row's first.
+"""
 
 from torch import Tensor
 
 from hysparse_kernels.backends import Call, choose
-from hysparse_kernels.key_range import KeyRange, causal
+from hysparse_kernels.checks import (
+    check_attention,
+    check_outputs,
+    check_positive,
+    checked_gates,
+    checked_lists,
+    checked_range,
+    checked_scale,
+    checked_sinks,
+)
+from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.outputs import Attention, FullAttention
 
 
@@ -38,18 +53,20 @@ def full_attention(
     Returns: FullAttention(out, lse, block_idx, block_scores).
     Raises: ValueError on a shape, dtype or option that does not fit.
     """
-    _check(q, k, v, sinks)
+    check_attention(q, k, v)
+    check_positive(block_size=block_size)
+    if top_k_blocks < 0:
+        raise ValueError(f"top_k_blocks is {top_k_blocks}: it must be at least 0")
     if block_size is None and (top_k_blocks or return_block_scores):
         raise ValueError("top_k_blocks and return_block_scores need block_size")
-    _check_positive(block_size=block_size)
     backend = choose(Call("full_attention", q, k, v, block_size)).backend.module
     result: FullAttention = backend.full_attention(
         q,
         k,
         v,
-        key_range or causal(q.shape[1], k.shape[1], q.device),
-        scale=_scale(scale, q),
-        sinks=sinks,
+        checked_range(key_range, q, k),
+        scale=checked_scale(scale, softcap, q),
+        sinks=checked_sinks(sinks, q),
         softcap=softcap,
         block_size=block_size,
         top_k_blocks=top_k_blocks,
@@ -76,25 +93,25 @@ def block_sparse_attention(
 
     Args:
         q: (B, T, H, D). k: (B, S, G, D), H a multiple of G. v: (B, S, G, Dv).
-        block_idx: (B, T, G, K) integers, distinct in a list, -1 pads anywhere.
+        block_idx: (B, T, G, K) integers, distinct in a list; what is negative or no block pads,
+            anywhere.
         block_size: tokens in a key block.
         scale, key_range, sinks, softcap: as in ``full_attention``.
     Returns: Attention(out, lse).
     Raises: ValueError on a shape or dtype that does not fit.
     """
-    _check(q, k, v, sinks)
-    _check_positive(block_size=block_size)
-    _check_lists(q, k, block_idx)
+    check_attention(q, k, v)
+    check_positive(block_size=block_size)
     backend = choose(Call("block_sparse_attention", q, k, v, block_size)).backend.module
     result: Attention = backend.block_sparse_attention(
         q,
         k,
         v,
-        block_idx,
-        key_range or causal(q.shape[1], k.shape[1], q.device),
+        checked_lists(block_idx, q, k),
+        checked_range(key_range, q, k),
         block_size=block_size,
-        scale=_scale(scale, q),
-        sinks=sinks,
+        scale=checked_scale(scale, softcap, q),
+        sinks=checked_sinks(sinks, q),
         softcap=softcap,
     )
     return result
@@ -119,17 +136,17 @@ def sliding_window_attention(
     Returns: Attention(out, lse).
     Raises: ValueError on a shape or dtype that does not fit.
     """
-    _check(q, k, v, sinks)
-    _check_positive(window_tokens=window_tokens)
+    check_attention(q, k, v)
+    check_positive(window_tokens=window_tokens)
     backend = choose(Call("sliding_window_attention", q, k, v)).backend.module
     result: Attention = backend.sliding_window_attention(
         q,
         k,
         v,
-        key_range or causal(q.shape[1], k.shape[1], q.device),
+        checked_range(key_range, q, k),
         window_tokens=window_tokens,
-        scale=_scale(scale, q),
-        sinks=sinks,
+        scale=checked_scale(scale, softcap, q),
+        sinks=checked_sinks(sinks, q),
         softcap=softcap,
     )
     return result
@@ -143,13 +160,10 @@ def gated_sum(o_sparse: Tensor, o_window: Tensor, gate_logits: Tensor) -> Tensor
     Args:
         o_sparse, o_window: (B, T, H, D). gate_logits: (B, T, H, 2).
     Returns: (B, T, H, D) in o_sparse's dtype.
-    Raises: ValueError on a shape that does not fit.
+    Raises: ValueError on a shape or dtype that does not fit.
     """
-    if o_sparse.shape != o_window.shape or gate_logits.shape != (*o_sparse.shape[:-1], 2):
-        raise ValueError(
-            f"o_sparse {tuple(o_sparse.shape)}, o_window {tuple(o_window.shape)} and gate_logits "
-            f"{tuple(gate_logits.shape)} do not fit (B, T, H, D), (B, T, H, D), (B, T, H, 2)"
-        )
+    check_outputs(o_sparse, o_window)
+    checked_gates(gate_logits, o_sparse)
     backend = choose(Call("gated_sum", o_sparse, o_window, o_window)).backend.module
     result: Tensor = backend.gated_sum(o_sparse, o_window, gate_logits)
     return result
@@ -188,64 +202,29 @@ def sparse_layer_attention(
     Returns: (B, T, H, Dv) in q's dtype.
     Raises: ValueError on a shape or dtype that does not fit.
     """
-    by_branch = (None, None) if sinks is None else sinks.unbind(-1)
-    for keys, values, sink in (
-        (shared_k, shared_v, by_branch[0]),
-        (window_k, window_v, by_branch[1]),
-    ):
-        _check(q, keys, values, sink)
-    _check_lists(q, shared_k, block_idx)
-    _check_positive(block_size=block_size, window_tokens=window_tokens)
-    if gate_logits.shape != (*q.shape[:3], 2):
+    check_attention(q, shared_k, shared_v, ("q", "shared_k", "shared_v"))
+    check_attention(q, window_k, window_v, ("q", "window_k", "window_v"))
+    if shared_v.shape[2:] != window_v.shape[2:]:
         raise ValueError(
-            f"gate_logits has shape {tuple(gate_logits.shape)}, expected "
-            f"(B, T, H, 2) = {(*q.shape[:3], 2)}"
+            f"shared_v {tuple(shared_v.shape)}, window_v {tuple(window_v.shape)}: "
+            "G and Dv must agree"
         )
+    check_positive(block_size=block_size, window_tokens=window_tokens)
     call = Call("sparse_layer_attention", q, shared_k, shared_v, block_size)
     result: Tensor = choose(call).backend.module.sparse_layer_attention(
         q,
         shared_k,
         shared_v,
-        block_idx,
+        checked_lists(block_idx, q, shared_k),
         window_k,
         window_v,
-        gate_logits,
-        key_range or causal(q.shape[1], shared_k.shape[1], q.device),
-        window_range or causal(q.shape[1], window_k.shape[1], q.device),
+        checked_gates(gate_logits, q),
+        checked_range(key_range, q, shared_k),
+        checked_range(window_range, q, window_k, "window_range"),
         block_size=block_size,
         window_tokens=window_tokens,
-        scale=_scale(scale, q),
-        sinks=sinks,
+        scale=checked_scale(scale, softcap, q),
+        sinks=checked_sinks(sinks, q, branches=2),
         softcap=softcap,
     )
     return result
-
-
-def _check_lists(q: Tensor, k: Tensor, block_idx: Tensor) -> None:
-    if block_idx.shape[:-1] != (q.shape[0], q.shape[1], k.shape[2]):
-        raise ValueError(
-            f"block_idx has shape {tuple(block_idx.shape)}, expected "
-            f"(B, T, G, K) = ({q.shape[0]}, {q.shape[1]}, {k.shape[2]}, K)"
-        )
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"{shapes}: expected (B, T, H, D), (B, S, G, D), (B, S, G, Dv)")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"{shapes}: B and D must agree, and H be a multiple of G")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: expected one floating dtype")
-    if sinks is not None and sinks.shape != q.shape[2:3]:
-        raise ValueError(f"sinks has shape {tuple(sinks.shape)}, expected (H,) = ({q.shape[2]},)")
-
-
-def _check_positive(**sizes: int | None) -> None:
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
-
-
-def _scale(scale: float | None, q: Tensor) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale

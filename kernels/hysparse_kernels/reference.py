@@ -36,11 +36,13 @@ def full_attention(
     top_k_blocks: int,
     return_block_scores: bool,
 ) -> FullAttention:
+    key_range = key_range.inside()
+
     @torch.no_grad()
-    def select(logits: Tensor, lse: Tensor, seen: KeyRange) -> tuple[Tensor, ...]:
+    def select(logits: Tensor, total: Tensor, seen: KeyRange) -> tuple[Tensor, ...]:
         if block_size is None:
             return ()
-        log_scores = _log_block_scores(logits, lse, seen, block_size)
+        log_scores = _log_block_scores(logits, total, seen, block_size)
         beyond = -(-k.shape[1] // block_size) - log_scores.shape[-1]
         log_scores = F.pad(log_scores, (0, beyond), value=-torch.inf)
         return log_scores, select_blocks(log_scores, top_k_blocks)
@@ -69,9 +71,9 @@ def block_sparse_attention(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Attention:
+    key_range = key_range.inside()
     num_blocks = -(-k.shape[1] // block_size)
-    if block_idx.shape[-1] > num_blocks:  # no list is longer: leave pads out
-        block_idx = block_idx.sort(dim=-1, descending=True).values[..., :num_blocks]
+    block_idx = _distinct(block_idx, num_blocks)
     within = torch.arange(block_size, device=q.device)
 
     def slots_of(begin: int, end: int) -> tuple[Tensor, Tensor]:
@@ -166,6 +168,17 @@ def sparse_layer_attention(
     return gated_sum(sparse.out, window.out, gate_logits)
 
 
+def _distinct(block_idx: Tensor, num_blocks: int) -> Tensor:
+    """Lists (..., K) as sets: what is no block, or there already, is -1; no more than N entries."""
+    no_block = (block_idx < 0) | (block_idx >= num_blocks)
+    block_idx = block_idx.masked_fill(no_block, -1).sort(dim=-1, descending=True).values
+    repeats = block_idx[..., 1:] == block_idx[..., :-1]
+    block_idx[..., 1:] = block_idx[..., 1:].masked_fill(repeats, -1)
+    if block_idx.shape[-1] > num_blocks:
+        block_idx = block_idx.sort(dim=-1, descending=True).values[..., :num_blocks]
+    return block_idx
+
+
 def select_blocks(log_scores: Tensor, top_k_blocks: int) -> Tensor:
     """The ``top_k_blocks`` best blocks of ``log_scores`` (..., N), ascending, -1 pads at the end.
 
@@ -196,7 +209,8 @@ def _attend_masked(
 
     Args:
         allowed: (begin, end, slots (1, t, S)) -> (B, t, G or 1, S) bool.
-        also: what else to compute of the masked logits (B, t, G, R, S) and their lse.
+        also: what else to compute of the masked logits (B, t, G, R, S), less each row's peak, and
+            of their softmax's denominators (B, t, G, R, 1).
     Returns: out, lse, and what ``also`` gives.
     """
     B, T, H, _ = q.shape
@@ -212,33 +226,34 @@ def _attend_masked(
         if allowed is not None:
             visible = visible & allowed(begin, end, slots)
         q_BTGRD = _split_groups(_accumulate(q[:, begin:end]) * scale, G)
-        logits = _cap(torch.einsum("btgrd,bsgd->btgrs", q_BTGRD, k[:, :stop]), softcap)
+        q_BTGRD = _only(visible.any(-1)[..., None], q_BTGRD)
+        shown = visible.any(1).transpose(1, 2)
+        k_BSGD, v_BSGD = _only(shown, k[:, :stop]), _only(shown, v[:, :stop])
+        logits = _cap(torch.einsum("btgrd,bsgd->btgrs", q_BTGRD, k_BSGD), softcap)
         logits = logits.masked_fill(~visible[:, :, :, None], -torch.inf)
-        weights, total, lse = _softmax(logits, sinks)
-        out = torch.einsum("btgrs,bsgd->btgrd", weights, v[:, :stop]) / total
-        return (
-            out.flatten(2, 3),
-            lse.flatten(2),
-            *(also(logits, lse, seen) if also is not None else ()),
-        )
+        logits, weights, total, lse = _softmax(logits, sinks)
+        out = torch.einsum("btgrs,bsgd->btgrd", weights, v_BSGD) / total
+        more = () if also is None else also(logits, total, seen)
+        return out.flatten(2, 3), lse.flatten(2), *more
 
     out, *rest = _in_slabs(attend, T, max(1, SLAB_LOGITS[q.device.type] // max(1, B * H * S)))
     return out.to(q.dtype), *rest
 
 
-def _log_block_scores(logits: Tensor, lse: Tensor, key_range: KeyRange, block_size: int) -> Tensor:
+def _log_block_scores(
+    logits: Tensor, total: Tensor, key_range: KeyRange, block_size: int
+) -> Tensor:
     """log of eq. 3, the maximum over the heads of each group: (B, T, G, N), -inf where unseen."""
     S = logits.shape[-1]
     if key_range.first is not None:  # bring each query's first key to column 0
         columns = torch.arange(S, device=logits.device) + key_range.first[..., None]
         beyond = (columns >= S)[:, :, None, None]
-        columns = columns.clamp(max=S - 1)[:, :, None, None].expand_as(logits)
+        columns = columns.clamp(max=max(0, S - 1))[:, :, None, None].expand_as(logits)
         logits = logits.gather(-1, columns).masked_fill(beyond, -torch.inf)
     padded = F.pad(logits, (0, -S % block_size), value=-torch.inf)
     blocks = padded.shape[-1] // block_size
     best = padded.reshape(*padded.shape[:-1], blocks, block_size).amax(-1)
-    normaliser = lse.masked_fill(lse.isneginf(), 0.0)[..., None]
-    scores: Tensor = (best - normaliser).amax(3)
+    scores: Tensor = (best - total.log()).amax(3)
     return scores
 
 
@@ -264,10 +279,13 @@ def _attend_gathered(
     def attend(begin: int, end: int) -> tuple[Tensor, ...]:
         q_BTGRD = _split_groups(_accumulate(q[:, begin:end]) * scale, G)
         slots, valid = slots_of(begin, end)
-        logits = _cap(torch.einsum("btgrd,btgld->btgrl", q_BTGRD, _gather(k, slots)), softcap)
+        valid = valid & (slots >= 0) & (slots < k.shape[1])
+        q_BTGRD = _only(valid.any(-1)[..., None], q_BTGRD)
+        k_BTGLD, v_BTGLD = (_only(valid, _gather(x, slots)) for x in (k, v))
+        logits = _cap(torch.einsum("btgrd,btgld->btgrl", q_BTGRD, k_BTGLD), softcap)
         logits = logits.masked_fill(~valid[:, :, :, None], -torch.inf)
-        weights, total, lse = _softmax(logits, sinks)
-        out = torch.einsum("btgrl,btgld->btgrd", weights, _gather(v, slots)) / total
+        _, weights, total, lse = _softmax(logits, sinks)
+        out = torch.einsum("btgrl,btgld->btgrd", weights, v_BTGLD) / total
         return out.flatten(2, 3), lse.flatten(2)
 
     out, lse = _in_slabs(attend, T, slab)
@@ -290,29 +308,38 @@ def _gather(x_BSGD: Tensor, slots: Tensor) -> Tensor:
     return _accumulate(F.embedding(row_of + slots.clamp(0, S - 1), rows))
 
 
-def _softmax(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _only(shown: Tensor, x: Tensor) -> Tensor:
+    """``x`` (..., D), 0 where ``shown`` (...) is False: NaN may be there, and 0 * NaN is NaN."""
+    known = shown.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x if known and bool(shown.all()) else x.masked_fill(~shown[..., None], 0.0)
+
+
+def _softmax(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
     """Softmax over the last dim with an optional sink in the denominator.
 
-    Returns: weights, and their total (..., 1) to divide by, 1 for a row of -inf, whose weights are
-        0; and the log of the softmax's denominator, detached, -inf for such a row.
+    Returns: the logits less their peak; weights, and their total (..., 1) to divide by, 1 for a row
+        of -inf, whose weights are 0; and the log of the softmax's denominator, detached, -inf for
+        such a row.
     """
-    peak = logits.detach().amax(-1, keepdim=True)
+    seen = logits.detach() if logits.shape[-1] else F.pad(logits, (0, 1), value=-torch.inf)
+    peak = seen.amax(-1, keepdim=True)
     if sinks is not None:
         peak = torch.maximum(peak, sinks.detach())
     peak = peak.masked_fill(peak.isneginf(), 0.0)
-    weights = torch.exp(logits - peak)
+    logits = logits - peak
+    weights = torch.exp(logits)
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks - peak)
     lse = (peak + total.detach().log()).squeeze(-1)
-    return weights, total.masked_fill(total == 0, 1.0), lse
+    return logits, weights, total.masked_fill(total == 0, 1.0), lse
 
 
 def _stop_key(seen: KeyRange, num_keys: int) -> int:
     """The slot after the last that these queries may see, where that is known without a wait."""
     if seen.last.device.type != "cpu" or torch.compiler.is_compiling():
         return num_keys
-    return min(num_keys, int(seen.last.max()) + 1)
+    return max(0, min(num_keys, int(seen.last.max()) + 1)) if seen.last.numel() else 0
 
 
 def _in_slabs(

@@ -10,6 +10,7 @@ from torch import Tensor
 from hysparse_kernels import KeyRange, reference
 from hysparse_kernels.triton.full.backward import full_backward
 from hysparse_kernels.triton.full.forward import full_forward
+from hysparse_kernels.triton.full.top_k import Maxima
 from tests.kernels.law import assert_lawful, plain_attention, visible_keys
 
 # NumPy warns where the interpreter turns a loop's bound, a tensor of one element, into an int.
@@ -114,23 +115,28 @@ in_all_cases = pytest.mark.parametrize(("case", "dtype", "where"), PARAMS, indir
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, key_range: KeyRange, block: int | None, **options: Any
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Maxima | None]:
     """out, lse and, with ``block``, the maxima."""
     (B, T, H, _), S = q.shape, k.shape[1]
     out = q.new_empty(B, T, H, v.shape[3])
     lse = q.new_empty(B, T, H, dtype=torch.float32)
-    maxima = None if block is None else lse.new_empty(B, H, -(-S // block), T)
+    maxima = None
+    if block is not None:
+        tops = lse.new_empty(B, H, -(-S // block), T)
+        maxima = Maxima(tops, torch.empty_like(lse), torch.empty_like(lse))
     full_forward(q, k, v, key_range, out, lse, maxima, block_size=block or 64, **options)
     return out, lse, maxima
 
 
-def scores_of(maxima: Tensor, lse: Tensor, key_range: KeyRange, case: Case) -> Tensor:
+def scores_of(maxima: Maxima, key_range: KeyRange, case: Case) -> Tensor:
     """Eq. 3 after the group-wise maximum, (B, T, G, N), of what ``full_forward`` leaves."""
     first = 0 if key_range.first is None else key_range.first
-    blocks = torch.arange(maxima.shape[2], device=lse.device)
+    tops, peaks, totals = maxima
+    blocks = torch.arange(tops.shape[2], device=tops.device)
     written = blocks <= ((key_range.last - first)[..., None] // case.block)
-    logits = maxima.permute(0, 3, 1, 2).where(written[:, :, None], -torch.inf)
-    scores = (logits - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
+    logits = tops.permute(0, 3, 1, 2).where(written[:, :, None], -torch.inf)
+    totals = totals.masked_fill(totals.isneginf(), 0.0)
+    scores = (logits - peaks[..., None] - totals[..., None]).exp()
     return scores.unflatten(2, (case.kv_heads, -1)).amax(3)
 
 
@@ -187,7 +193,7 @@ def test_outputs_and_scores(case: Case, dtype: torch.dtype, where: str) -> None:
     assert lse.isneginf().eq(~seen).all()
     assert_lawful(lse[seen], plain_lse[seen], truth.lse[seen], name="lse")
     assert truth.block_scores is not None
-    scores = scores_of(maxima, lse, key_range, case)
+    scores = scores_of(maxima, key_range, case)
     assert_lawful(scores, plain_scores, truth.block_scores, name="scores")
 
     alone, lse_alone, _ = forward(q, k, v, key_range, None, **options)
@@ -246,20 +252,19 @@ def test_slabs_of_queries_make_the_whole(where: str) -> None:
     for begin in range(0, case.queries, 32):
         end = min(begin + 32, case.queries)
         slab = q[:, begin:end], k, v, key_range.slab(begin, end)
-        tops = torch.empty_like(maxima[..., begin:end])
+        whole = maxima.slab(begin, end, maxima.blocks[..., begin:end])
+        of_part = Maxima(
+            torch.empty_like(whole.blocks), *(torch.empty_like(lse)[:, begin:end] for _ in range(2))
+        )
         full_forward(
             *slab,
             parts[:, begin:end],
             lse_parts[:, begin:end],
-            tops,
+            of_part,
             block_size=case.block,
             **options,
         )
-        scores = [
-            scores_of(x, lse_parts[:, begin:end], slab[3], case)
-            for x in (tops, maxima[..., begin:end])
-        ]
-        torch.testing.assert_close(*scores)
+        torch.testing.assert_close(*(scores_of(x, slab[3], case) for x in (of_part, whole)))
     torch.testing.assert_close(parts, out)
     torch.testing.assert_close(lse_parts, lse)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hysparse_kernels import KeyRange, reference
-from hysparse_kernels.triton.full.top_k import select
+from hysparse_kernels.triton.full.top_k import Maxima, select
 from tests.kernels.law import assert_lawful
 
 BLOCK = 4
@@ -71,7 +71,9 @@ def check(
     block_idx = wide_idx[:, :, 1:]
     block_scores = torch.empty(*group_of[:3], blocks, device=where) if scores else None
     key_range = KeyRange(None if first is None else first.to(where), last.to(where))
-    select(garbage, lse.to(where), key_range, block_idx, block_scores, block_size=BLOCK)
+    peaks = torch.zeros_like(lse).to(where)
+    given = Maxima(garbage, peaks, lse.to(where))
+    select(given, key_range, block_idx, block_scores, block_size=BLOCK)
 
     expected = log_scores(logits, lse_of)
     assert torch.equal(block_idx.cpu(), reference.select_blocks(expected, top_k))
@@ -97,4 +99,4 @@ def test_an_empty_batch(where: str) -> None:
     block_idx = torch.empty(0, 3, 2, 4, dtype=torch.int32, device=where)
     maxima, lse = torch.empty(0, 4, 5, 3, device=where), torch.empty(0, 3, 4, device=where)
     key_range = KeyRange(None, torch.arange(3, device=where)[None])
-    select(maxima, lse, key_range, block_idx, None, block_size=BLOCK)
+    select(Maxima(maxima, lse, lse), key_range, block_idx, None, block_size=BLOCK)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
+from hysparse_kernels.triton.arguments import shown
 from hysparse_kernels.triton.full import forward_hopper as hopper
 from hysparse_kernels.triton.full.decode import full_decode
 from hysparse_kernels.triton.full.forward import full_forward
-from hysparse_kernels.triton.full.top_k import select
+from hysparse_kernels.triton.full.top_k import Maxima, select
 from hysparse_kernels.triton.tiles import DECODE_ROWS
 
 WORKSPACE_BYTES = 512 << 20
@@ -50,6 +51,7 @@ def attend_and_select(
             top_k_blocks=top_k_blocks,
             return_block_scores=return_block_scores,
         )
+    k, v = shown(k, v, key_range)
     out = q.new_empty(B, T, H, Dv)
     lse = q.new_empty(B, T, H, dtype=torch.float32)
     on_hopper = hopper.takes(q, k, v, key_range, scale=scale, softcap=softcap)
@@ -66,17 +68,18 @@ def attend_and_select(
     slabs = _slabs(T, known, S, block_size, B * H, _processors(q.device))
     sizes = [B * H * blocks * (end - begin) for begin, end, blocks in slabs]
     workspace = q.new_empty(max(sizes, default=0), dtype=torch.float32)
+    maxima = Maxima(workspace, torch.empty_like(lse), torch.empty_like(lse))
     for (begin, end, blocks), size in zip(slabs, sizes, strict=True):
         part = slice(begin, end)
-        maxima = workspace[:size].view(B, H, blocks, end - begin)
+        of_part = maxima.slab(begin, end, workspace[:size].view(B, H, blocks, end - begin))
         seen = key_range.slab(begin, end)
         forward(
-            *(q[:, part], k, v, seen, out[:, part], lse[:, part], maxima),
+            *(q[:, part], k, v, seen, out[:, part], lse[:, part], of_part),
             block_size=block_size,
             **options,
         )
         part_scores = None if scores is None else scores[:, part]
-        select(maxima, lse[:, part], seen, block_idx[:, part], part_scores, block_size=block_size)
+        select(of_part, seen, block_idx[:, part], part_scores, block_size=block_size)
     return out, lse, block_idx if top_k_blocks else None, scores
 
 

@@ -129,8 +129,9 @@ def _configuration(q: Tensor, v_dim: int) -> tuple[int, int, int]:
 
 @triton.jit
 def attend_tile(q_tile, k_tile, v_tile, seen, peak, total, acc, scale, softcap):
-    """One step of the online softmax, in base 2. Also returns the raw logits, -inf where unseen.
+    """One step of the online softmax. Also returns the logits, -inf where unseen.
 
+    Logits are multiplied by LOG2_E after they are subtracted, so that the largest weighs exactly 1.
     q_tile (rows, D), k_tile (keys, D), v_tile (keys, Dv), seen (rows or 1, keys); peak (rows,) is
     finite, total (rows,), acc (rows, Dv).
     """
@@ -138,9 +139,9 @@ def attend_tile(q_tile, k_tile, v_tile, seen, peak, total, acc, scale, softcap):
     if softcap is not None:
         logits = softcap * tanh(logits / softcap)
     logits = tl.where(seen, logits, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(logits, 1) * LOG2_E)
-    weights = tl.exp2(logits * LOG2_E - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
+    new_peak = tl.maximum(peak, tl.max(logits, 1))
+    weights = tl.exp2((logits - new_peak[:, None]) * LOG2_E)
+    shrink = tl.exp2((peak - new_peak) * LOG2_E)
     total = total * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None] + dot(weights.to(v_tile.dtype), v_tile)
     return logits, new_peak, total, acc
@@ -178,6 +179,7 @@ def _attend(
     start = tl.zeros([ROWS], tl.int32)
     if first is not None:
         start = tl.load(first + b * stride_fb + t * stride_ft, mask=real, other=0).to(tl.int32)
+        start = tl.maximum(start, 0)
     start = tl.where(end >= start, start, S)
     k += b * stride_kb + g * stride_kg
     v += b * stride_vb + g * stride_vg

@@ -7,7 +7,7 @@ from torch import Tensor
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.triton.arguments import strides_of
 from hysparse_kernels.triton.full.top_k import NOTHING, ascending, best_of, ranked
-from hysparse_kernels.triton.tiles import LN_2, LOG2_E
+from hysparse_kernels.triton.tiles import LOG2_E
 
 CHUNK = 512  # blocks that are ranked at a time
 
@@ -29,7 +29,7 @@ def merge_splits(
 
     Args:
         partial_out: (splits, B, T, H, Dv) float32, each split's unnormalised output.
-        partial_sum: (2, splits, B, T, H) float32, its peak, in base 2, and its denominator.
+        partial_sum: (2, splits, B, T, H) float32, its largest logit, and its denominator.
         maxima: (B, T, H, N) float32, the largest logit of each block a query sees; or None.
         sinks: (H,) logits added to the denominator, or None.
         out: (B, T, H, Dv), lse: (B, T, H) float32, contiguous, written.
@@ -75,7 +75,7 @@ def merge_splits(
 
 @triton.jit
 def _row_sum(partial_sum, sinks, stride_sh, row, rows, splits, H):
-    """Peak and total of rows (M,) over all splits, in base 2, with their sinks."""
+    """Peak and total of rows (M,) over all splits, with their sinks."""
     PARTS: tl.constexpr = 64
     peaks = tl.full([PARTS, row.shape[0]], -1e30, tl.float32)
     totals = tl.zeros([PARTS, row.shape[0]], tl.float32)
@@ -85,16 +85,21 @@ def _row_sum(partial_sum, sinks, stride_sh, row, rows, splits, H):
         peak = tl.load(at, mask=part < splits, other=-1e30)
         total = tl.load(at + splits * rows, mask=part < splits, other=0.0)
         higher = tl.maximum(peaks, peak)
-        totals = totals * tl.exp2(peaks - higher) + total * tl.exp2(peak - higher)
+        totals = totals * _decay(peaks - higher) + total * _decay(peak - higher)
         peaks = higher
     peak = tl.max(peaks, 0)
-    total = tl.sum(totals * tl.exp2(peaks - peak[None, :]), 0)
+    total = tl.sum(totals * _decay(peaks - peak[None, :]), 0)
     if sinks is not None:
-        sink = tl.load(sinks + row % H * stride_sh).to(tl.float32) * LOG2_E
-        higher = tl.where(total == 0, sink, tl.maximum(peak, sink))
-        total = total * tl.exp2(peak - higher) + tl.exp2(sink - higher)
+        sink = tl.load(sinks + row % H * stride_sh).to(tl.float32)
+        higher = tl.maximum(peak, sink)
+        total = total * _decay(peak - higher) + _decay(sink - higher)
         peak = higher
     return peak, total
+
+
+@triton.jit
+def _decay(x):
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit(do_not_specialize=["stride_fb", "stride_lb", "B", "T", "G", "N", "K", "splits"])
@@ -121,7 +126,7 @@ def _merge(
         end = tl.load(last + b * stride_lb + t * stride_lt)
         start = end * 0
         if first is not None:
-            start = tl.load(first + b * stride_fb + t * stride_ft)
+            start = tl.maximum(tl.load(first + b * stride_fb + t * stride_ft), 0)
         seen = tl.where(end >= start, (end - start) // BLOCK + 1, 0)
         _select(
             maxima, row, peak, total, tl.minimum(seen, N).to(tl.int32), block_idx, scores,
@@ -140,13 +145,13 @@ def _merge_row(
     peak, total = _row_sum(partial_sum, sinks, stride_sh, this, rows, splits, H)
     unseen = total == 0
     total = tl.where(unseen, 1.0, total)
-    tl.store(lse + this, tl.where(unseen, float("-inf"), (peak + tl.log2(total)) * LN_2))
+    tl.store(lse + this, tl.where(unseen, float("-inf"), peak + tl.log(total)))
     dv = tl.arange(0, PADDED_DV)
     acc = tl.zeros([PARTS, PADDED_DV], tl.float32)
     for begin in range(0, splits, PARTS):
         part = begin + tl.arange(0, PARTS)
         at = part.to(tl.int64) * rows + row
-        weight = tl.exp2(tl.load(partial_sum + at, mask=part < splits, other=-1e30) - peak)
+        weight = _decay(tl.load(partial_sum + at, mask=part < splits, other=-1e30) - peak)
         known = (part < splits)[:, None] & (dv < DV)[None, :]
         at = partial_out + at[:, None] * DV + dv
         acc += weight[:, None] * tl.load(at, mask=known, other=0.0)
@@ -161,14 +166,14 @@ def _select(
 ):  # fmt: skip
     """Write the blocks a group selects among the ``seen`` first, from its heads' rows."""
     unseen = total == 0
-    log_total = (peak + tl.log2(tl.where(unseen, 1.0, total))) * LN_2
+    log_total = tl.log(tl.where(unseen, 1.0, total))
     stop = N if scores is not None else seen
     best = tl.full([1, KEPT], NOTHING, tl.float64)
     for begin in range(0, stop, CHUNK):
         n = begin + tl.arange(0, CHUNK)
         known = (n < seen)[None, :] & ~unseen[:, None]
         top = tl.load(maxima + row[:, None] * N + n, mask=known, other=float("-inf"))
-        score = tl.max(top - log_total[:, None], 0)
+        score = tl.max(top - peak[:, None] - log_total[:, None], 0)
         if scores is not None:
             tl.store(scores + list_at * N + n, tl.exp(score), mask=n < N)
         chunk = tl.topk(ranked(score, n)[None, :], KEPT)

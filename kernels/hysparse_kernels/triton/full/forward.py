@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.triton.arguments import describe, last_contiguous, strides_of
+from hysparse_kernels.triton.full.top_k import Maxima
 from hysparse_kernels.triton.tiles import LN_2, LOG2_E, dot, tanh
 
-LOWEST: tl.constexpr = tl.constexpr(-1e38)  # a finite pivot for rows that have seen no key
+LOWEST: tl.constexpr = tl.constexpr(-1e30)  # a finite pivot for rows that have seen no key
 NEVER: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
@@ -24,7 +25,7 @@ def full_forward(
     key_range: KeyRange,
     out: Tensor,
     lse: Tensor,
-    maxima: Tensor | None,
+    maxima: Maxima | None,
     *,
     scale: float,
     sinks: Tensor | None,
@@ -38,9 +39,7 @@ def full_forward(
             v: (B, S, G, Dv).
         key_range: of the queries in q.
         out: (B, T, H, Dv), its last dim contiguous. lse: (B, T, H) float32. Both are written.
-        maxima: (B, H, N, T) float32, contiguous in T, or None. Written with the largest logit,
-            scaled and capped, of each query in each key block, -inf where it sees none of the
-            block; blocks beyond a query's last key may stay unwritten.
+        maxima: written, where given; peaks and totals have the strides of lse.
         sinks: (H,) logits added to the denominator, or None.
         softcap: c in c * tanh(logits / c), or None.
         block_size: tokens in a key block, a power of two from 16 to 128; counted from each
@@ -56,6 +55,8 @@ def full_forward(
         return
     if scale < 0:  # the largest logit is that of the largest product from here on
         q, scale = -q, -scale
+    if scale == 0:  # -inf * 0 is NaN
+        q, scale = torch.zeros_like(q), 1.0
     q = last_contiguous(q)
     first, last, mask = key_range.first, key_range.last, key_range.mask
     padded_d, padded_dv = (max(16, triton.next_power_of_2(x)) for x in (D, Dv))
@@ -76,12 +77,12 @@ def full_forward(
         *out.stride()[:3],
         lse,
         *lse.stride(),
-        maxima,
-        *(0, 0, 0) if maxima is None else maxima.stride()[:3],
+        *(None, None, None) if maxima is None else maxima,
+        *(0, 0, 0) if maxima is None else maxima.blocks.stride()[:3],
         B,
         T,
         S,
-        0 if maxima is None else maxima.shape[2],
+        0 if maxima is None else maxima.blocks.shape[2],
         scale,
         softcap,
         H=H,
@@ -138,7 +139,11 @@ def _attend_tiles(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The online softmax over key tiles from ``begin`` to ``end``, blocks from ``origin``."""
+    """The online softmax over key tiles from ``begin`` to ``end``, blocks from ``origin``.
+
+    Logits and ``peak`` are raw: they are scaled after they are subtracted, so that the largest
+    weighs exactly 1, however large.
+    """
     for slot in range(begin, end, KEYS):
         logits = dot(q, k.load([b, g, slot, 0]).reshape(KEYS, PADDED_D).T)  # [ROWS, KEYS]
         factor = scale * LOG2_E
@@ -152,24 +157,24 @@ def _attend_tiles(
             if mask is not None:
                 real = tl.load(mask + slots.to(tl.int64) * stride_ms, mask=slots < S, other=0)
                 seen &= (real != 0)[None, :]
-            logits = tl.where(seen, logits * factor, float("-inf"))
-            factor = 1.0
+            logits = tl.where(seen, logits, float("-inf"))
         if maxima is not None and BLOCK < KEYS:
-            tops = tl.max(tl.reshape(logits, [ROWS, KEYS // BLOCK, BLOCK]), 2) * factor
+            tops = tl.max(tl.reshape(logits, [ROWS, KEYS // BLOCK, BLOCK]), 2)
             n = (slot - origin) // BLOCK + tl.arange(0, KEYS // BLOCK)
             at = maxima[:, None] + n.to(tl.int64)[None, :] * stride_xn
-            tl.store(at, tops * LN_2, mask=(member & inside)[:, None] & (n < N)[None, :])
+            known = (member & inside)[:, None] & (n < N)[None, :]
+            tl.store(at, tops * factor * LN_2, mask=known)
             top = tl.max(tops, 1)
         else:
-            top = tl.max(logits, 1) * factor
+            top = tl.max(logits, 1)
         if maxima is not None and BLOCK >= KEYS:
             opens = (slot - origin) % BLOCK == 0
             top_of_block = tl.where(opens, top, tl.maximum(top, top_of_block))
             at = maxima + ((slot - origin) // BLOCK).to(tl.int64) * stride_xn
-            tl.store(at, top_of_block * LN_2, mask=member & inside)
+            tl.store(at, top_of_block * factor * LN_2, mask=member & inside)
         peak_next = tl.maximum(peak, top)
-        weights = tl.exp2(logits * factor - peak_next[:, None])
-        decay = tl.exp2(peak - peak_next)
+        weights = tl.exp2((logits - peak_next[:, None]) * factor)
+        decay = tl.exp2((peak - peak_next) * factor)
         total = total * decay[:, None] + tl.sum(tl.reshape(weights, [ROWS, KEYS // 8, 8]), 1)
         v_tile = v.load([b, g, slot, 0]).reshape(KEYS, PADDED_DV)
         acc = acc * decay[:, None] + dot(weights.to(v_tile.dtype), v_tile)
@@ -209,6 +214,8 @@ def _attend(
     stride_et,
     stride_eh,
     maxima,
+    peaks,
+    totals,
     stride_xb,
     stride_xh,
     stride_xn,
@@ -247,6 +254,7 @@ def _attend(
         first_seen = tl.zeros([ROWS], tl.int32)
     else:
         first_seen = tl.load(first + b_wide * stride_fb + t * stride_ft).to(tl.int32)
+        first_seen = tl.maximum(first_seen, 0)
     if mask is not None:
         mask += b_wide * stride_mb
     if maxima is not None:
@@ -282,17 +290,23 @@ def _attend(
             origin = tl.min(tl.where(first_seen > origin, first_seen, NEVER), 0)
 
     total = tl.sum(total, 1)
+    of_keys = peak * (scale * LOG2_E if softcap is None else 1.0)  # in base 2
+    peak = of_keys
     if sinks is not None:
         sink = tl.load(sinks + h).to(tl.float32) * LOG2_E
-        higher = tl.maximum(peak, sink)
-        decay = tl.exp2(peak - higher)
-        total = total * decay + tl.exp2(sink - higher)
+        peak = tl.maximum(of_keys, sink)
+        decay = tl.exp2(of_keys - peak)
+        total = total * decay + tl.exp2(sink - peak)
         acc = acc * decay[:, None]
-        peak = higher
-    at = lse + b_wide * stride_eb + t * stride_et + h_wide * stride_eh
+    at = b_wide * stride_eb + t * stride_et + h_wide * stride_eh
     empty = total == 0
     total = tl.where(empty, 1.0, total)
-    tl.store(at, tl.where(empty, float("-inf"), (peak + tl.log2(total)) * LN_2), mask=inside)
+    log_total = tl.log2(total)
+    tl.store(lse + at, tl.where(empty, float("-inf"), (peak + log_total) * LN_2), mask=inside)
+    if maxima is not None:
+        tl.store(peaks + at, of_keys * LN_2, mask=inside)
+        log_total = (peak - of_keys + log_total) * LN_2
+        tl.store(totals + at, tl.where(empty, float("-inf"), log_total), mask=inside)
     acc = acc / total[:, None]
     d = tl.arange(0, PADDED_DV)
     at = out + b_wide * stride_ob + h_wide * stride_oh + t[:, None] * stride_ot + d[None, :]

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hysparse_kernels.key_range import KeyRange
+from hysparse_kernels.triton.full.top_k import Maxima
 from hysparse_kernels.triton.hopper import (
     DTYPES,
     GROUP_ROWS,
@@ -87,16 +88,17 @@ def _softmax(
     pivot = m_next
     if MASKED:
         pivot = gl.where(m_next == float("-inf"), 0.0, m_next)
+    alpha = gl.exp2((m - pivot) * (scale * LOG2_E))  # exactly 1 where the maximum stays
     pivot *= scale * LOG2_E
     p = gl.exp2(s * (scale * LOG2_E) - pivot[:, None])
-    return p, m_next, gl.exp2(m * (scale * LOG2_E) - pivot)
+    return p, m_next, alpha
 
 
 @gluon.jit
 def _attend(
     q_smem, k_smem, v_smem, q_ready, k_ready, k_free, v_ready, v_free, out_desc, lse_ptr,
-    lse_stride_t, maxima_ptr, maxima_stride_n, sinks_ptr, b, h, row, num_queries, num_blocks,
-    num_tiles, num_masked, diagonal, scale,
+    lse_stride_t, maxima_ptr, maxima_stride_n, peaks_ptr, totals_ptr, sinks_ptr, b, h, row,
+    num_queries, num_blocks, num_tiles, num_masked, diagonal, scale,
     HALF: gl.constexpr, BLOCK: gl.constexpr, MAXIMA: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's work: half of the tile's rows over all key tiles."""
@@ -163,16 +165,23 @@ def _attend(
     acc = warpgroup_mma(weights, v_smem.index(stage).reshape([keys, dim]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
 
-    peak = m * (scale * LOG2_E)
+    of_keys = m * (scale * LOG2_E)
+    peak = of_keys
     shrink = gl.full([rows], 1.0, gl.float32, row_layout)
     if SINKS:
         sink = gl.load(sinks_ptr + h).to(gl.float32) * LOG2_E
-        higher = gl.maximum(peak, sink)
-        shrink = gl.exp2(peak - higher)
-        total = total * shrink + gl.exp2(sink - higher)
-        peak = higher
-    lse_where = lse_ptr + t.to(gl.int64) * lse_stride_t
-    gl.store(lse_where, (peak + gl.log2(total)) * LN_2, mask=t < num_queries)
+        peak = gl.maximum(of_keys, sink)
+        shrink = gl.exp2(of_keys - peak)
+        total = total * shrink + gl.exp2(sink - peak)
+    at = t.to(gl.int64) * lse_stride_t
+    log_total = gl.log2(total)
+    gl.store(lse_ptr + at, (peak + log_total) * LN_2, mask=t < num_queries)
+    if MAXIMA:
+        # The weights are of m times the factor unrounded (a fused multiply-add), so is the total.
+        unrounded = gl.fma(m, gl.full([rows], scale * LOG2_E, gl.float32, row_layout), -of_keys)
+        log_total = (peak - of_keys + log_total - unrounded) * LN_2
+        gl.store(peaks_ptr + at, m * scale, mask=t < num_queries)
+        gl.store(totals_ptr + at, log_total, mask=t < num_queries)
     shrink = gl.convert_layout(shrink / total, out_row_layout, assert_trivial=True)
     out = gl.convert_layout(
         (acc * shrink[:, None]).to(dtype), gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
@@ -196,8 +205,8 @@ def _attend(
 )
 def _kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr, lse_stride_b, lse_stride_t, maxima_ptr,
-    maxima_stride_h, maxima_stride_n, sinks_ptr, num_queries, num_blocks, diagonal, batch, scale,
-    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, BLOCK: gl.constexpr,
+    maxima_stride_h, maxima_stride_n, peaks_ptr, totals_ptr, sinks_ptr, num_queries, num_blocks,
+    diagonal, batch, scale, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, BLOCK: gl.constexpr,
     STAGES: gl.constexpr, MAXIMA: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
     rows: gl.constexpr = q_desc.block_type.shape[2]
@@ -212,7 +221,10 @@ def _kernel(
     last_row = gl.minimum(row + 2 * rows, num_queries) - 1
     num_tiles = (diagonal + last_row) // keys + 1
     num_masked = num_tiles - (diagonal + row + 1) // keys
-    lse_ptr += b.to(gl.int64) * lse_stride_b + h
+    of_head = b.to(gl.int64) * lse_stride_b + h
+    lse_ptr += of_head
+    peaks_ptr += of_head
+    totals_ptr += of_head
     maxima_ptr += (b * HEADS + h).to(gl.int64) * maxima_stride_h
 
     q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, rows, dim], q_desc.layout)
@@ -239,8 +251,9 @@ def _kernel(
                 _attend,
                 (
                     q_smem, k_smem, v_smem, q_ready, k_ready, k_free, v_ready, v_free, out_desc,
-                    lse_ptr, lse_stride_t, maxima_ptr, maxima_stride_n, sinks_ptr, b, h, row,
-                    num_queries, num_blocks, num_tiles, num_masked, diagonal, scale,
+                    lse_ptr, lse_stride_t, maxima_ptr, maxima_stride_n, peaks_ptr, totals_ptr,
+                    sinks_ptr, b, h, row, num_queries, num_blocks, num_tiles, num_masked, diagonal,
+                    scale,
                     0, BLOCK, MAXIMA, SINKS,
                 ),
             ),
@@ -248,8 +261,9 @@ def _kernel(
                 _attend,
                 (
                     q_smem, k_smem, v_smem, q_ready, k_ready, k_free, v_ready, v_free, out_desc,
-                    lse_ptr, lse_stride_t, maxima_ptr, maxima_stride_n, sinks_ptr, b, h, row,
-                    num_queries, num_blocks, num_tiles, num_masked, diagonal, scale,
+                    lse_ptr, lse_stride_t, maxima_ptr, maxima_stride_n, peaks_ptr, totals_ptr,
+                    sinks_ptr, b, h, row, num_queries, num_blocks, num_tiles, num_masked, diagonal,
+                    scale,
                     1, BLOCK, MAXIMA, SINKS,
                 ),
             ),
@@ -281,7 +295,7 @@ def full_forward(
     key_range: KeyRange,
     out: Tensor,
     lse: Tensor,
-    maxima: Tensor | None,
+    maxima: Maxima | None,
     *,
     scale: float,
     sinks: Tensor | None,
@@ -308,12 +322,14 @@ def full_forward(
         lse,
         lse.stride(0),
         lse.stride(1),
-        maxima if maxima is not None else lse,
-        maxima.stride(1) if maxima is not None else 0,
-        maxima.stride(2) if maxima is not None else 0,
+        *(
+            (lse, 0, 0, lse, lse)
+            if maxima is None
+            else (maxima.blocks, *maxima.blocks.stride()[1:3], maxima.peaks, maxima.totals)
+        ),
         lse if sinks is None else sinks,
         T,
-        maxima.shape[2] if maxima is not None else 0,
+        maxima.blocks.shape[2] if maxima is not None else 0,
         key_range.diagonal,
         B,
         scale,

@@ -55,7 +55,7 @@ def gradients(
     rows, keys, num_warps, num_stages = _tiles_of_keys(q.dtype, padded_d + padded_dv)
     tiles = triton.cdiv(S, keys)
     bounds = torch.empty(B, tiles, 4, dtype=torch.int32, device=q.device)
-    find_queries[(tiles * B,)](*ranges[:6], bounds, B, T, S, KEYS=keys, ROWS=rows, CHUNK=1024)
+    find_queries[(tiles * B,)](*ranges[:6], bounds, None, B, T, S, KEYS=keys, ROWS=rows, CHUNK=1024)
     sum_over_queries[(tiles * G * B,)](
         describe(q, rows, padded_d),
         describe(d_out, rows, padded_dv),

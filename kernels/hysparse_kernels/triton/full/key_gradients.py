@@ -16,10 +16,11 @@ def load_range(first, last, t, stride_ft, stride_lt, T, S):
     first_seen = tl.zeros_like(last_seen)
     if first is not None:
         first_seen = tl.load(first + t.to(tl.int64) * stride_ft, mask=t < T, other=0).to(tl.int32)
+        first_seen = tl.maximum(first_seen, 0)
     return first_seen, last_seen
 
 
-@triton.jit(do_not_specialize=["stride_fb", "stride_lb", "B", "T", "S"])
+@triton.jit(do_not_specialize=["stride_fb", "stride_lb", "window", "B", "T", "S"])
 def find_queries(
     first,
     stride_fb,
@@ -28,6 +29,7 @@ def find_queries(
     stride_lb,
     stride_lt,
     bounds,
+    window,
     B,
     T,
     S,
@@ -37,6 +39,7 @@ def find_queries(
 ):
     """For each key tile the query tiles that see some of it, and among them those that see it all.
 
+    window: how many slots a query sees, up to its last; None for all from its first on.
     bounds: (B, tiles, 4): from, from which on all of it, to which, to.
     """
     pid = tl.program_id(0)
@@ -54,6 +57,9 @@ def find_queries(
     for chunk in range(0, tl.cdiv(T, CHUNK)):
         t = chunk * CHUNK + tl.arange(0, CHUNK)
         first_seen, last_seen = load_range(first, last, t, stride_ft, stride_lt, T, S)
+        if window is not None:
+            end_seen = tl.load(last + t.to(tl.int64) * stride_lt, mask=t < T, other=-1)
+            first_seen = tl.maximum(first_seen, (end_seen + 1 - window).to(tl.int32))
         some = (tl.maximum(first_seen, begin) <= tl.minimum(last_seen, end)).to(tl.int32)
         full = ((first_seen <= begin) & (last_seen >= end) | (t >= T)).to(tl.int32)
         i = chunk * TILES + n
@@ -136,6 +142,8 @@ def _add_queries(
         dv += dot(p.to(d_out_tile.dtype), d_out_tile)
         dp = dot(v_tile, d_out_tile.T)
         ds = p * (dp - delta.load([b * H + h, row]).reshape(ROWS)[None, :]) * slope
+        if MASKED:  # a slot before a document's first may hold NaN
+            ds = tl.where(p != 0, ds, 0.0)
         dk += dot(ds.to(q_tile.dtype), q_tile)
     return dk, dv
 

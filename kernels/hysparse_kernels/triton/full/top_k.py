@@ -3,6 +3,8 @@
 Each lane owns a query and sorts its candidates in registers, ``K`` at a time, into a running list.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,9 +20,28 @@ QUERIES = 32
 WARPS_WANTED = 8 * 132  # that hide the memory's latency on a large GPU
 
 
+class Maxima(NamedTuple):
+    """What blocks are scored by. All logits are natural, scaled and capped.
+
+    blocks: (B, H, N, T) float32, contiguous in T: the largest logit of each query in each key
+        block, -inf where it sees none of the block; unwritten beyond a query's last key.
+    peaks: (B, T, H) float32, the largest logit of all, bit for bit one of ``blocks``.
+    totals: (B, T, H) float32, the log of the softmax's denominator, sink included, less the peak:
+        apart from it, since at logits of 1e4 their sum is known to 1e-3 only; -inf where a row
+        sees nothing.
+    """
+
+    blocks: Tensor
+    peaks: Tensor
+    totals: Tensor
+
+    def slab(self, begin: int, end: int, blocks: Tensor) -> "Maxima":
+        """Of the queries ``begin`` to ``end``, whose ``blocks`` are given."""
+        return Maxima(blocks, self.peaks[:, begin:end], self.totals[:, begin:end])
+
+
 def select(
-    maxima: Tensor,
-    lse: Tensor,
+    maxima: Maxima,
     key_range: KeyRange,
     block_idx: Tensor,
     scores: Tensor | None,
@@ -29,17 +50,16 @@ def select(
 ) -> None:
     """Select the key blocks of each query and group (HySparse eq. 3).
 
-        S_t^n = max over the group's heads of exp(maxima_t^n - lse_t)
+        S_t^n = max over the group's heads of exp(block_t^n - peak_t - total_t)
 
     Args:
-        maxima: (B, H, N, T) float32, the largest logit of head h in block n, last dim contiguous;
-            read only where n <= (last - first) // block_size.
-        lse: (B, T, H) float32, -inf for a row that sees nothing.
+        maxima: blocks are read only where n <= (last - first) // block_size.
         block_idx: (B, T, G, K) int32, written: the blocks with the largest scores, ascending, -1
             pads at the end; ties go to the earlier block, and a score of 0 is never selected.
         scores: (B, T, G, N) float32, written with S, 0 where unseen; or None.
     """
-    B, H, N, T = maxima.shape
+    blocks, peaks, totals = maxima
+    B, H, N, T = blocks.shape
     G, K = block_idx.shape[2:]
     if not B * T * G:
         return
@@ -50,10 +70,11 @@ def select(
         parts *= 2
     first, last = key_range.first, key_range.last
     _select[(programs,)](
-        maxima,
-        *maxima.stride()[:3],
-        lse,
-        *lse.stride(),
+        blocks,
+        *blocks.stride()[:3],
+        peaks,
+        totals,
+        *totals.stride(),
         first,
         *strides_of(first),
         last,
@@ -71,7 +92,7 @@ def select(
         QUERIES=QUERIES,
         PARTS=parts,
         KEPT=kept,
-        WIDE=max(N * maxima.stride(2), H // G * maxima.stride(1)) >= 1 << 31,
+        WIDE=max(N * blocks.stride(2), H // G * blocks.stride(1)) >= 1 << 31,
         num_warps=parts,
     )
 
@@ -143,7 +164,8 @@ def _select(
     stride_mb,
     stride_mh,
     stride_mn,
-    lse,
+    peaks,
+    totals,
     stride_sb,
     stride_st,
     stride_sh,
@@ -188,9 +210,12 @@ def _select(
     end = tl.load(last + b * stride_lb + t * stride_lt, mask=real, other=-1)
     start = tl.zeros([ROWS], tl.int64)
     if first is not None:
-        start += tl.load(first + b * stride_fb + t * stride_ft, mask=real, other=0)
-    lse += b * stride_sb + t * stride_st + g * GROUP * stride_sh
-    sees = (end >= start) & (tl.load(lse, mask=real, other=float("-inf")) > float("-inf"))
+        own = tl.load(first + b * stride_fb + t * stride_ft, mask=real, other=0)
+        start = tl.maximum(start, own)
+    of_rows = b * stride_sb + t * stride_st + g * GROUP * stride_sh
+    peaks += of_rows
+    totals += of_rows
+    sees = (end >= start) & (tl.load(totals, mask=real, other=float("-inf")) > float("-inf"))
     seen = tl.minimum(tl.where(sees, (end - start) // BLOCK + 1, 0), N).to(tl.int32)
     stop = N if scores is not None else tl.max(seen)
 
@@ -207,9 +232,10 @@ def _select(
         for heads in range(0, GROUP, UNROLLED):
             for i in tl.static_range(UNROLLED):
                 r = heads + i
-                log_total = tl.load(lse + r * stride_sh, mask=sees, other=0.0)
+                peak = tl.load(peaks + r * stride_sh, mask=sees, other=0.0)
+                total = tl.load(totals + r * stride_sh, mask=sees, other=0.0)
                 top = tl.load(maxima + r * stride_mh + at, mask=visible, other=float("-inf"))
-                score = tl.maximum(score, top - log_total[:, None])
+                score = tl.maximum(score, top - peak[:, None] - total[:, None])
         if scores is not None:
             to = scores + b * stride_ob + t[:, None] * stride_ot + g * stride_og + n * stride_on
             tl.store(to, tl.exp(score), mask=real[:, None] & (n < N))

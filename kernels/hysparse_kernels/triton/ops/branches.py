@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hysparse_kernels.key_range import KeyRange
+from hysparse_kernels.triton.arguments import finite, shown
 from hysparse_kernels.triton.ops.results import attention_shapes, given, gradient_shapes, present
 from hysparse_kernels.triton.sparse.backward import sparse_backward
 from hysparse_kernels.triton.sparse.forward import sparse_forward
@@ -32,7 +33,14 @@ def block_sparse_attention(
     """out and lse."""
     seen = KeyRange(first, last, mask, diagonal)
     out, lse = sparse_forward(
-        q, k, v, block_idx, seen, block_size=block_size, scale=scale, sinks=sinks, softcap=softcap
+        q,
+        *shown(k, v, seen),
+        block_idx,
+        seen,
+        block_size=block_size,
+        scale=scale,
+        sinks=sinks,
+        softcap=softcap,
     )
     return out, lse
 
@@ -61,15 +69,15 @@ def block_sparse_attention_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dsinks."""
+    seen = KeyRange(first, last, mask, diagonal)
     dq, dk, dv, dsinks = sparse_backward(
         d_out,
-        q,
-        k,
-        v,
+        finite(q, seen),
+        *shown(k, v, seen),
         block_idx,
         lse,
         gates.delta(d_out, out),
-        KeyRange(first, last, mask, diagonal),
+        seen,
         block_size=block_size,
         scale=scale,
         sinks=sinks,
@@ -153,14 +161,14 @@ def sliding_window_attention_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dsinks."""
+    seen = KeyRange(first, last, mask, diagonal)
     dq, dk, dv, dsinks = window_backward(
         d_out,
-        q,
-        k,
-        v,
+        finite(q, seen),
+        *shown(k, v, seen),
         lse,
         gates.delta(d_out, out),
-        KeyRange(first, last, mask, diagonal),
+        seen,
         window_tokens=window_tokens,
         scale=scale,
         sinks=sinks,

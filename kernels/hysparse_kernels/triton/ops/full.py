@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hysparse_kernels.key_range import KeyRange
+from hysparse_kernels.triton.arguments import finite, shown
 from hysparse_kernels.triton.full.attention import attend_and_select
 from hysparse_kernels.triton.full.backward import full_backward
 from hysparse_kernels.triton.ops.results import attention_shapes, given, gradient_shapes, present
@@ -79,14 +80,14 @@ def full_attention_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dsinks."""
+    seen = KeyRange(first, last, mask, diagonal)
     dq, dk, dv, dsinks = full_backward(
         d_out,
-        q,
-        k,
-        v,
+        finite(q, seen),
+        *shown(k, v, seen),
         out,
         lse,
-        KeyRange(first, last, mask, diagonal),
+        seen,
         plain_causal=diagonal == 0 and q.shape[1] == k.shape[1],
         scale=scale,
         sinks=sinks,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from hysparse_kernels.key_range import KeyRange
+from hysparse_kernels.triton.arguments import finite, shown
 from hysparse_kernels.triton.ops.results import attention_shapes, given, present
 from hysparse_kernels.triton.sparse.backward import sparse_backward
 from hysparse_kernels.triton.sparse.decode import sparse_decode
@@ -69,8 +70,7 @@ def sparse_layer_attention(
     of_sparse, of_window = (None, None) if sinks is None else sinks.t().contiguous().unbind(0)
     sparse = sparse_forward(
         q,
-        shared_k,
-        shared_v,
+        *shown(shared_k, shared_v, seen),
         block_idx,
         seen,
         block_size=block_size,
@@ -138,15 +138,17 @@ def sparse_layer_attention_backward(
         d_out, o_sparse, o_window, gate_logits
     )
     of_sparse, of_window = (None, None) if sinks is None else sinks.t().contiguous().unbind(0)
+    seen = KeyRange(first, last, mask, diagonal)
+    window_seen = KeyRange(window_first, window_last, window_mask, window_diagonal)
+    q = finite(q, window_seen if first is None and mask is None else seen)
     dq, d_shared_k, d_shared_v, d_of_sparse = sparse_backward(
         d_out,
         q,
-        shared_k,
-        shared_v,
+        *shown(shared_k, shared_v, seen),
         block_idx,
         sparse_lse,
         sparse_delta,
-        KeyRange(first, last, mask, diagonal),
+        seen,
         block_size=block_size,
         scale=scale,
         sinks=of_sparse,
@@ -156,11 +158,10 @@ def sparse_layer_attention_backward(
     dq, d_window_k, d_window_v, d_of_window = window_backward(
         d_out,
         q,
-        window_k,
-        window_v,
+        *shown(window_k, window_v, window_seen),
         window_lse,
         window_delta,
-        KeyRange(window_first, window_last, window_mask, window_diagonal),
+        window_seen,
         window_tokens=window_tokens,
         scale=scale,
         sinks=of_window,

@@ -49,7 +49,9 @@ def sparse_backward(
     S, G, Dv = v.shape[1:]
     d_sinks = None
     if sinks is not None:
-        d_sinks = -(torch.exp(sinks.float() - lse) * delta).sum((0, 1))
+        # A sink of -inf, whose rows may see nothing, has no weight.
+        weights = torch.exp(sinks.float() - lse.masked_fill(lse.isneginf(), torch.inf))
+        d_sinks = -(weights * delta).sum((0, 1))
     if not q.numel() or not k.numel() or not block_idx.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), d_sinks
     padded_d, padded_dv = triton.next_power_of_2(D), triton.next_power_of_2(Dv)

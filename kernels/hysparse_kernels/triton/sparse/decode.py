@@ -233,7 +233,7 @@ def _attend(
         end = tl.minimum(tl.load(shared_last + b * shared_last_b + t * shared_last_t), S - 1)
         begin = end * 0
         if shared_first is not None:
-            begin = tl.load(shared_first + b * shared_first_b + t * shared_first_t)
+            begin = tl.maximum(tl.load(shared_first + b * shared_first_b + t * shared_first_t), 0)
         tiles = tl.cdiv(K * BLOCK, KEYS)
         low = tiles * part.to(tl.int32) // SPARSE_PARTS
         high = tiles * (part + 1).to(tl.int32) // SPARSE_PARTS
@@ -301,10 +301,13 @@ def _attend(
 
 @triton.jit
 def _block(block_idx, stride_ik, i, key, chosen, BLOCK: tl.constexpr):
-    """The listed block of each key of tile ``i``, or of them all; -1 from entry ``chosen`` on."""
+    """The listed block of each key of tile ``i``, or of them all; -1 from entry ``chosen`` on.
+
+    int64: times the block size, a listed block may be anything.
+    """
     KEYS: tl.constexpr = key.shape[0]
     entry = i * (KEYS // BLOCK) + key // BLOCK if BLOCK < KEYS else i // (BLOCK // KEYS)
-    return tl.load(block_idx + entry * stride_ik, mask=entry < chosen, other=-1)
+    return tl.load(block_idx + entry * stride_ik, mask=entry < chosen, other=-1).to(tl.int64)
 
 
 @triton.jit
@@ -330,13 +333,13 @@ def _merged(
             cache_modifier=".cg",
         )
         higher = tl.maximum(peak, new_peak)
-        shrink, weight = tl.exp2(peak - higher), tl.exp2(new_peak - higher)
+        shrink, weight = tl.exp2((peak - higher) * LOG2_E), tl.exp2((new_peak - higher) * LOG2_E)
         total = total * shrink + new_total * weight
         acc = acc * shrink[:, None] + new_acc * weight[:, None]
         peak = higher
     seen = total > 0
     if sink is not None:
-        total += tl.where(seen, tl.exp2(tl.where(seen, sink * LOG2_E - peak, 0.0)), 0.0)
+        total += tl.where(seen, tl.exp2(tl.where(seen, (sink - peak) * LOG2_E, 0.0)), 0.0)
     return acc / tl.where(seen, total, 1.0)[:, None]
 
 

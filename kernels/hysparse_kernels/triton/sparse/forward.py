@@ -184,7 +184,8 @@ def _attend(
 
     q_at = b * stride_qb + t * stride_qt + h * stride_qh
     q_tile = tl.load(q + q_at[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
-    end = tl.load(last + b * stride_lb + t * stride_lt, mask=real, other=-1).to(tl.int32)
+    end = tl.load(last + b * stride_lb + t * stride_lt, mask=real, other=-1)
+    end = tl.minimum(end, S - 1).to(tl.int32)
     starts += pid * CAPACITY
     members += pid * CAPACITY
     count = tl.load(counts + pid)
@@ -215,7 +216,7 @@ def _attend(
     unseen = total == 0
     if sinks is not None:
         sink = tl.load(sinks + h, mask=real, other=0.0).to(tl.float32) * LOG2_E
-        new_peak = tl.where(unseen, sink, tl.maximum(peak, sink))
+        new_peak = tl.maximum(peak, sink)
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.exp2(sink - new_peak)
         acc *= shrink[:, None]

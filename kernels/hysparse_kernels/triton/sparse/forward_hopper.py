@@ -108,13 +108,15 @@ def _softmax(
     tops = gl.where(chosen, gl.max(s, axis=2), float("-inf"))
     top = gl.convert_layout(gl.max(tops, axis=1), row_layout, assert_trivial=True)
     m_next = gl.maximum(m, top)
-    pivot = gl.where(m_next == float("-inf"), 0.0, m_next * (scale * LOG2_E))
+    pivot = gl.where(m_next == float("-inf"), 0.0, m_next)
+    alpha = gl.exp2((m - pivot) * (scale * LOG2_E))  # exactly 1 where the maximum stays
+    pivot *= scale * LOG2_E
     # A row that did not choose the block: exp2(-inf) = 0.
     of_tops = gl.convert_layout(pivot, of_row, assert_trivial=True)[:, None]
     of_tops = gl.where(chosen, of_tops, float("inf"))
     p = gl.exp2(s * (scale * LOG2_E) - gl.expand_dims(of_tops, 2))
     p = gl.convert_layout(gl.reshape(p, [rows, keys]), s_layout, assert_trivial=True)
-    return p, m_next, gl.exp2(m * (scale * LOG2_E) - pivot)
+    return p, m_next, alpha
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ from hysparse_kernels.triton.tiles import LOG2_E, dot
 
 
 @triton.jit
-def rows_of(lse, delta, gate, last, at, last_at, real):
+def rows_of(lse, delta, gate, last, at, last_at, S, real):
     """Of each row: log of its softmax's denominator, base 2, delta, gate and last key.
 
     Rows that are not real, or see nothing, get a denominator so large that weights are 0.
@@ -19,7 +19,8 @@ def rows_of(lse, delta, gate, last, at, last_at, real):
     row_gate = 1.0
     if gate is not None:
         row_gate = tl.load(gate + at, mask=real, other=0.0)
-    return log_total, row_delta, row_gate, tl.load(last + last_at, mask=real, other=-1).to(tl.int32)
+    end = tl.minimum(tl.load(last + last_at, mask=real, other=-1), S - 1).to(tl.int32)
+    return log_total, row_delta, row_gate, end
 
 
 @triton.jit
@@ -113,7 +114,7 @@ def differentiate_keys(
         do_tile = tl.load(d_out + o_at[:, None] + d_v, mask=real[:, None] & (d_v < DV), other=0.0)
         log_total, row_delta, row_gate, end = rows_of(
             lse, delta, gate, last,
-            (b * T + t) * (G * GROUP) + h, b * stride_lb + t * stride_lt, real,
+            (b * T + t) * (G * GROUP) + h, b * stride_lb + t * stride_lt, S, real,
         )  # fmt: skip
 
         logits = logits_of(dot(q_tile, k_tile.T), scale, softcap)

@@ -99,7 +99,7 @@ def differentiate_pairs(
             )
             log_total, row_delta, row_gate, end = rows_of(
                 lse, delta, gate, last,
-                (b * T + t) * (G * GROUP) + h, b * stride_lb + t * stride_lt, real,
+                (b * T + t) * (G * GROUP) + h, b * stride_lb + t * stride_lt, S, real,
             )  # fmt: skip
             place = tl.load(places + begin + i + query, mask=real, other=0).to(tl.int64)
 
@@ -206,7 +206,7 @@ def differentiate_tiles(
     do_tile = tl.load(d_out + o_at[:, None] + d_v, mask=real[:, None] & (d_v < DV), other=0.0)
     own = (b * T + t) * (G * GROUP) + h
     log_total, row_delta, row_gate, end = rows_of(
-        lse, delta, gate, last, own, b * stride_lb + t * stride_lt, real
+        lse, delta, gate, last, own, b * stride_lb + t * stride_lt, S, real
     )
     starts += pid * CAPACITY
     members += pid * CAPACITY

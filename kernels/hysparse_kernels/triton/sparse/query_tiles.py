@@ -81,6 +81,7 @@ def query_tiles(
         rare,
         pairs,
         T,
+        num_keys,
         G,
         K,
         BLOCK=block_size,
@@ -101,7 +102,7 @@ def queries_per_tile(group: int, top_k: int, rows: int) -> int:
     return queries
 
 
-@triton.jit(do_not_specialize=["T", "stride_ib", "stride_fb", "stride_lb"])
+@triton.jit(do_not_specialize=["T", "S", "stride_ib", "stride_fb", "stride_lb"])
 def _unite(
     block_idx,
     stride_ib,
@@ -120,6 +121,7 @@ def _unite(
     rare,
     pairs,
     T,
+    S,
     G,
     K,
     BLOCK: tl.constexpr,
@@ -141,8 +143,10 @@ def _unite(
     block = tl.load(block_idx + at, mask=given, other=-1).to(tl.int64)
     start = block * BLOCK
     if first is not None:
-        start += tl.load(first + b * stride_fb + t * stride_ft, mask=given, other=0)
+        own = tl.load(first + b * stride_fb + t * stride_ft, mask=given, other=0)
+        start += tl.maximum(own, 0)
     end = tl.load(last + b * stride_lb + t * stride_lt, mask=given, other=-1)
+    end = tl.minimum(end, S - 1)
     given &= (block >= 0) & (start <= end)
 
     # By slot, then query; what is not given goes last.

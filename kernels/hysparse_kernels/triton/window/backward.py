@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.triton.arguments import describe, last_contiguous
+from hysparse_kernels.triton.full.key_gradients import find_queries
 from hysparse_kernels.triton.tiles import LOG2_E, dot, tanh
 from hysparse_kernels.triton.window.forward import (
     causal_window_of,
@@ -41,8 +42,6 @@ def window_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of ``window_forward``.
 
-    ``key_range.last`` must rise by one from query to query, as a query's own slot does.
-
     Args:
         d_out: (B, T, H, Dv), the gradient of ``gate * out``. q, k, v: the forward's inputs.
         lse: (B, T, H) float32, the forward's. delta: (B, T, H) float32, of ``gate * d_out``.
@@ -55,7 +54,7 @@ def window_backward(
     dk, dv = k.new_empty(B, S, G, D), v.new_empty(B, S, G, Dv)
     if not B or not T or not S:  # nothing is seen
         dq = q.new_zeros(B, T, H, D) if dq_add is None else dq_add
-        dsinks = None if sinks is None else -((sinks - lse).exp() * delta).sum((0, 1)).float()
+        dsinks = None if sinks is None else sinks.new_zeros(H, dtype=torch.float32)
         return dq, dk.zero_(), dv.zero_(), dsinks
     dq_add = None if dq_add is None else dq_add.contiguous()
     dq = q.new_empty(B, T, H, D) if dq_add is None else dq_add
@@ -106,6 +105,12 @@ def window_backward(
     )
     rows, keys, num_warps, num_stages = _key_configuration(q.dtype, padded_d + padded_dv)
     queries = max(1, rows // heads)
+    bounds = None  # of the queries whose windows reach a key tile
+    if key_range.diagonal is None:
+        bounds = torch.empty(B, triton.cdiv(S, keys), 4, dtype=torch.int32, device=q.device)
+        find_queries[(triton.cdiv(S, keys) * B,)](
+            *ranges[:6], bounds, numbers[0], B, T, S, KEYS=keys, ROWS=queries, CHUNK=1024
+        )
     _keys_backward[(triton.cdiv(S, keys) * G * B,)](
         describe_rows(d_out, G, queries, heads, padded_dv),
         describe_rows(q, G, queries, heads, padded_d),
@@ -116,6 +121,7 @@ def window_backward(
             for x in rows_of
         ),
         *ranges,
+        bounds,
         dk,
         dv,
         *numbers,
@@ -232,7 +238,7 @@ def _queries_backward(
         )
     else:
         start, count, begin, end = window_of(
-            first, stride_fb, stride_ft, last, stride_lb, stride_lt, b, t, real, window
+            first, stride_fb, stride_ft, last, stride_lb, stride_lt, b, t, real, window, S
         )
     q_at = b * stride_qb + t * stride_qt + h * stride_qh
     q_tile = tl.load(q + q_at[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
@@ -303,6 +309,7 @@ def _keys_backward(
     stride_mb,
     stride_ms,
     diagonal,
+    bounds,
     dk,
     dv,
     window,
@@ -335,11 +342,14 @@ def _keys_backward(
         real_slot &= tl.load(mask + b * stride_mb + slot * stride_ms, mask=slot < S, other=0) != 0
 
     # The queries whose windows reach these slots.
-    before = diagonal
-    if diagonal is None:
-        before = tl.load(last + b * stride_lb).to(tl.int32)
-    begin = tl.maximum(tile.to(tl.int32) * KEYS - before, 0)
-    end = tl.minimum(tile.to(tl.int32) * KEYS + KEYS - 1 + window - before, T)
+    if diagonal is not None:
+        begin = tl.maximum(tile.to(tl.int32) * KEYS - diagonal, 0)
+        begin = begin // 4 * 4  # rows of a query or more are copied, from multiples of 16 bytes
+        end = tl.minimum(tile.to(tl.int32) * KEYS + KEYS - 1 + window - diagonal, T)
+    else:
+        bounds += (b * tiles + tile) * 4
+        begin = tl.load(bounds) * QUERIES
+        end = tl.minimum(tl.load(bounds + 3) * QUERIES, T)
     row = tl.arange(0, ROWS)
     acc_k = tl.zeros([KEYS, PADDED_D], tl.float32)
     acc_v = tl.zeros([KEYS, PADDED_DV], tl.float32)
@@ -349,7 +359,11 @@ def _keys_backward(
         row_lse = lse_desc.load([(b * G + g).to(tl.int32), query * HEADS]).reshape(ROWS)
         row_delta = delta_desc.load([(b * G + g).to(tl.int32), query * HEADS]).reshape(ROWS)
         t = query + row // HEADS
-        end_slot = before + t
+        if diagonal is not None:
+            end_slot = diagonal + t
+        else:
+            end_slot = tl.load(last + b * stride_lb + t * stride_lt, mask=t < T, other=-1)
+            end_slot = end_slot.to(tl.int32)
         start = tl.maximum(end_slot - window + 1, 0)
         if first is not None:
             own = tl.load(first + b * stride_fb + t * stride_ft, mask=t < T, other=0)
@@ -364,6 +378,8 @@ def _keys_backward(
         d_logits = weights * (dot(v_tile, o_tile.T) - row_delta[None, :])
         if softcap is not None:
             d_logits *= _slope(products, scale, softcap)
+        if first is not None:  # a slot before a document's first may hold NaN
+            d_logits = tl.where(seen, d_logits, 0.0)
         acc_k += dot(d_logits.to(q_tile.dtype), q_tile)
 
     at = ((b * S + slot) * G + g)[:, None]

@@ -7,7 +7,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hysparse_kernels.key_range import KeyRange
-from hysparse_kernels.triton.arguments import describe, describe_tiles, last_contiguous, strides_of
+from hysparse_kernels.triton.arguments import (
+    describe,
+    describe_tiles,
+    last_contiguous,
+    leaves_out,
+    strides_of,
+)
 from hysparse_kernels.triton.tiles import LN_2, LOG2_E, dot, tanh
 
 
@@ -81,6 +87,7 @@ def window_forward(
         D=D,
         PADDED_D=padded_d,
         PADDED_DV=padded_dv,
+        HIDES=leaves_out(key_range, T, S),
         STAGES=num_stages,
         num_warps=num_warps,
     )
@@ -110,13 +117,14 @@ def _configuration(dtype: torch.dtype) -> tuple[int, int, int, int]:
 
 
 @triton.jit
-def window_of(first, stride_fb, stride_ft, last, stride_lb, stride_lt, b, t, real, window):
+def window_of(first, stride_fb, stride_ft, last, stride_lb, stride_lt, b, t, real, window, S):
     """The first slot that each query sees, how many from there on, and the span of all; int32."""
     end = tl.load(last + b * stride_lb + t * stride_lt, mask=real, other=-1).to(tl.int32)
     start = tl.maximum(end - window + 1, 0)
     if first is not None:
         own = tl.load(first + b * stride_fb + t * stride_ft, mask=real, other=0).to(tl.int32)
         start = tl.maximum(start, own)
+    end = tl.minimum(end, S - 1)
     count = tl.maximum(end - start + 1, 0)
     begin = tl.min(tl.where(count > 0, start, 2**31 - 1))
     return start, count, begin, tl.max(tl.where(count > 0, end + 1, 0))
@@ -178,6 +186,7 @@ def _attend(
     D: tl.constexpr,
     PADDED_D: tl.constexpr,
     PADDED_DV: tl.constexpr,
+    HIDES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     ROWS: tl.constexpr = QUERIES * HEADS
@@ -197,7 +206,7 @@ def _attend(
         )
     else:
         start, count, begin, end = window_of(
-            first, stride_fb, stride_ft, last, stride_lb, stride_lt, b, t, real, window
+            first, stride_fb, stride_ft, last, stride_lb, stride_lt, b, t, real, window, S
         )
     # Through registers, so that the products take q from shared memory.
     q_at = b * stride_qb + t * stride_qt + h * stride_qh
@@ -215,9 +224,13 @@ def _attend(
         else:
             logits = dot(q_tile, k_tile.T) * (scale * LOG2_E)
         seen = sees((slot + key)[None, :], start[:, None], count[:, None])
+        shown = slot + key < end  # by some query of the tile
         if mask is not None:
             at = b * stride_mb + (slot + key).to(tl.int64) * stride_ms
-            seen &= tl.load(mask + at, mask=slot + key < S, other=0)[None, :] != 0
+            shown &= tl.load(mask + at, mask=slot + key < S, other=0) != 0
+            seen &= shown[None, :]
+        if HIDES:  # 0 * NaN is NaN
+            v_tile = tl.where(shown[:, None], v_tile, 0.0)
         logits = tl.where(seen, logits, float("-inf"))
 
         new_peak = tl.maximum(peak, tl.max(logits, 1))
