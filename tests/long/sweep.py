@@ -16,8 +16,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.long.case import Case
 from tests.long.forked import MOST_BYTES, MOST_SECONDS, NETWORK, Outcome, forked
-from tests.long.malformed import Case, all_cases
+from tests.long.malformed import all_cases
 
 EXPECTED = {0, 3, 4, 5, 7}
 ROOT = Path(__file__).parents[2]
