@@ -41,6 +41,24 @@ def change_norm(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
     return apply
 
 
+def rotation(**values: object) -> Damage:
+    return set_config(rope_parameters={"rope_type": "default", "rope_theta": 1e4} | values)
+
+
+def written(name: str, text: str) -> Damage:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def looped(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 def last_shard(folder: Path) -> Path:
     return sorted(folder.glob("*.safetensors"))[-1]
 
@@ -56,6 +74,44 @@ DAMAGE: dict[str, tuple[Damage, int, str]] = {
     "own code": (set_config(auto_map={"AutoConfig": "a.B"}), 7, "--trust-remote-code"),
     "already converted": (set_config(model_type="hysparse"), 4, "already a HySparse checkpoint"),
     "quantised": (set_config(quantization_config={"quant_method": "fp8"}), 4, "'fp8'"),
+    "quantised by nothing": (set_config(quantization_config={}), 4, "quantization_config"),
+    "a billion layers": (set_config(num_hidden_layers=10**9), 7, "tensors of 4 layers"),
+    "layers of a flag": (set_config(num_hidden_layers=True), 7, "num_hidden_layers: "),
+    "a negative window": (set_config(sliding_window=-1), 7, "sliding_window: "),
+    "no positions": (set_config(max_position_embeddings=0), 7, "max_position_embeddings: "),
+    "a dtype of 3": (set_config(torch_dtype=3), 7, "dtype: "),
+    "a text for a flag": (set_config(use_cache="yes"), 7, "use_cache: "),
+    "not a number": (set_config(rms_norm_eps=float("nan")), 7, "rms_norm_eps is nan"),
+    "40 digits": (set_config(bos_token_id=10**40), 7, "bos_token_id is 1000"),
+    "deep values": (
+        set_config(task={"a": [[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]}),
+        7,
+        "too deeply",
+    ),
+    "a token too many": (set_config(pad_token_id=64), 7, "pad_token_id 64 is outside"),
+    "uneven heads": (set_config(num_key_value_heads=3), 7, "does not divide"),
+    "an unknown activation": (set_config(hidden_act="silu2"), 7, "silu2"),
+    "too few layer types": (set_config(layer_types=["full_attention"]), 7, "layer_types"),
+    "an odd rotation": (rotation(rope_type="x"), 7, "config.json"),
+    "an endless rotation": (rotation(rope_type="linear", factor=1e-300), 7, "no finite numbers"),
+    "half a rotation": (rotation(partial_rotary_factor=0.5), 7, "no model that can be run"),
+    "a method's name": (set_config(to_dict=1), 7, "to_dict is no setting"),
+    "a kernel of the hub": (set_config(attn_implementation="a/b"), 4, "attn_implementation 'a/b'"),
+    "generation settings": (written("generation_config.json", "[]"), 7, "no JSON object"),
+    "tokenizer cut": (
+        lambda f: os.truncate(f / "tokenizer.json", 300),
+        7,
+        "has no tokenizer that can be read",
+    ),
+    "tokenizer settings": (written("tokenizer_config.json", "[]"), 7, "no JSON object"),
+    "an adapter beside": (
+        written("adapter_config.json", '{"base_model_name_or_path": "some/base"}'),
+        7,
+        "an adapter (adapter_config.json) of some/base: merge it first",
+    ),
+    "a pipe as config": (lambda f: piped(f / "config.json"), 7, "has no config.json"),
+    "a pipe as shard": (lambda f: piped(last_shard(f)), 7, "which is not there"),
+    "config a loop": (lambda f: looped(f / "config.json"), 7, "has no config.json"),
     "missing shard": (lambda f: last_shard(f).unlink(), 7, "which is not there"),
     "truncated shard": (lambda f: os.truncate(last_shard(f), 2000), 7, "is truncated"),
     "corrupt header": (lambda f: last_shard(f).write_bytes(b"\x09" * 99), 7, "is corrupt"),
@@ -64,6 +120,16 @@ DAMAGE: dict[str, tuple[Damage, int, str]] = {
         change_norm(lambda t: t.update({NORM: torch.ones(33)})),
         7,
         f"tensor {NORM} has shape [33], but config.json makes it [32]",
+    ),
+    "integers": (
+        change_norm(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int32)})),
+        7,
+        f"tensor {NORM} is I32, but the model has floats there",
+    ),
+    "our names": (
+        change_norm(lambda t: t.update({"model.layers.0.self_attn.hysparse.sinks": torch.ones(4)})),
+        7,
+        "has the name of one that HySparse adds",
     ),
     "float8": (
         change_norm(lambda t: t.update({NORM: torch.ones(32).to(torch.float8_e4m3fn)})),
@@ -102,6 +168,14 @@ WRONG_OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "window": (("--window-tokens", "1"), "convert.window_tokens"),
     "shard size": (("--max-shard-size", "big"), "convert.max_shard_size"),
     "unknown field": (("--set", "convert.blok=1"), "convert.blok: unknown field"),
+    "40 digits": (("--max-position-embeddings", "9" * 40), "convert.max_position_embeddings"),
+    "40 digits of tokens": (("--fit", "1GB", "--context", "9" * 40), "not a list of lengths"),
+    "5,000 digits of bytes": (("--max-shard-size", "9" * 5000), "convert.max_shard_size"),
+    "5,000 digits of a ratio": (("--ratio", "1:" + "9" * 5000), "not of the form 1:N"),
+    "5,000 digits of a pair": (("--swap-attention", "1:" + "9" * 5000), "swap_attention"),
+    "no seed": (("--set", "convert.seed=-1"), "convert.seed"),
+    "no base": (("--set", "convert.rope_theta=.inf"), "convert.rope_theta"),
+    "NUL in a name": (("--set", r'convert.calibration="a\\0b"'), "NUL"),
 }
 
 
@@ -115,10 +189,13 @@ def test_options_that_can_not_be_carried_out(
     assert run.stderr.count("\n") == 1 and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("model", ["./nowhere", "/no/such/folder", "a/b/c"])
+@pytest.mark.parametrize(
+    "model", ["./nowhere", "/no/such/folder", "a/b/c", "~nobody/x", "a--b/c..d", "n" * 5000]
+)
 def test_a_model_that_is_not_there(hysparse: Hysparse, tmp_path: Path, model: str) -> None:
     run = hysparse("convert", model, tmp_path / "out")
-    assert run.exit_code == 7 and "no such folder" in run.stderr and run.stderr.count("\n") == 1
+    assert run.exit_code == 7 and run.stderr.count("\n") == 1 and len(run.stderr) < 1000
+    assert "no such folder" in run.stderr or "File name too long" in run.stderr
 
 
 def test_a_hub_id_without_a_network(

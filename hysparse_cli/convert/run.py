@@ -135,7 +135,7 @@ def plan(
         check_family(family, config["model_type"])
     # transformers takes seconds to import: what can be refused without it was refused above
     from hysparse_cli.convert.shapes import (
-        check_rotations,
+        check_forward,
         check_tensors,
         dense_config,
         expected_tensors,
@@ -158,7 +158,7 @@ def plan(
     spec = _spec(options, _layout(options, dense.num_hidden_layers, fit, selection), pairs)
     expected = expected_tensors(dense, where)
     unused = check_tensors(checkpoint, expected)
-    check_rotations(expected.model, where)
+    check_forward(expected.model, where)
     own_sinks = f"{family.attention.format(layer=0)}.sinks" in expected.shapes
     added = new_tensors(dense.num_attention_heads, dense.hidden_size, spec, own_sinks=own_sinks)
     by_layer = tuple(_names(added, family, spec, layer) for layer in range(len(spec.pattern)))

@@ -15,6 +15,7 @@ from hysparse_cli.foreign import without_kernels
 from hysparse_cli.printable import printable, single_line
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+_MOST_FREQUENCIES = 1 << 16
 _OURS = re.compile(r"(?:^|\.)hysparse\.")
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
 
@@ -110,29 +111,27 @@ def unallocated(config: Any) -> Any:
         )
 
 
-def check_rotations(model: Any, where: str) -> None:
-    """Rotate the first positions for real, as config.json says.
+def check_forward(model: Any, where: str) -> None:
+    """Rotate the first positions for real, then run the model on shapes alone.
 
     Args:
         model: unallocated, of sizes that are known to be those of the weights.
-    Raises: UnreadableInput where a rotation is not finite or does not fit the heads.
+    Raises: UnreadableInput where a rotation is not finite or a layer can't be computed.
     """
     import torch
 
+    rotaries = {type(part): part for part in model.modules() if hasattr(part, "inv_freq")}
     with building(f"{where}: its rotary parameters can't be used"):
-        for part in {
-            type(part): part for part in model.modules() if hasattr(part, "inv_freq")
-        }.values():
-            config = part.config
-            head_dim = getattr(config, "head_dim", None) or (
-                config.hidden_size // config.num_attention_heads
-            )
-            if part.inv_freq.numel() * 2 > head_dim:
-                raise ValueError(f"{part.inv_freq.numel()} pairs do not fit heads of {head_dim}")
-            rotary = type(part)(config)
-            for turned in rotary(torch.zeros(1, 2, 1), torch.arange(2)[None]):
+        for kind, part in rotaries.items():
+            if part.inv_freq.numel() > _MOST_FREQUENCIES:
+                raise ValueError(f"they are of {part.inv_freq.numel()} frequencies")
+            for turned in kind(part.config)(torch.zeros(1, 2, 1), torch.arange(2)[None]):
                 if not torch.isfinite(turned).all():
                     raise ValueError("they give no finite numbers")
+    model.config._experts_implementation = "batched_mm"  # of the ways, the one of shapes alone
+    with building(f"{where} describes no model that can be run"), torch.device("meta"):
+        mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+        model(torch.zeros(1, 2, dtype=torch.long), attention_mask=mask, use_cache=False)
 
 
 def check_tensors(checkpoint: Checkpoint, expected: Expected) -> list[str]:

@@ -180,7 +180,7 @@ def spec_of(config: Any) -> HysparseSpec | None:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, ("hysparse", *first["loc"])))
         raise UnreadableInput(
-            f"{field} in config.json: {single_line(first['msg'])} (it has "
+            f"{printable(field)} in config.json: {single_line(first['msg'])} (it has "
             f"{printable(repr(first['input']))}): convert the dense checkpoint again"
         ) from None
 

@@ -6,17 +6,30 @@ logits. What does not hold is printed, then a count by kind and exit code; it ex
 anything did not hold.
 """
 
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
+from tests.long.case import Case
 from tests.long.forked import MOST_BYTES, MOST_SECONDS, NETWORK, Outcome, forked
-from tests.long.malformed import Case, all_cases
+from tests.long.malformed import all_cases
 
 EXPECTED = {0, 3, 4, 5, 7}
+ROOT = Path(__file__).parents[2]
+
+
+class Run(NamedTuple):
+    """A sweep that has ended: how many ``cases`` it tried, and what it printed."""
+
+    returncode: int
+    cases: int
+    stdout: str
 
 
 def convert(model: Path, out: Path) -> None:
@@ -112,6 +125,15 @@ def sweep(good: Path, every: int = 1) -> int:
     print(f"{len(cases)} cases, {failed} do not hold")
     print(f"slowest {slowest[0]:.2f} s: {slowest[1]}; largest {largest[0]:.2f} GB: {largest[1]}")
     return failed
+
+
+def run_sweep(good: Path, every: int) -> Run:
+    """The same in a process of its own, which has no other threads when it forks."""
+    command = [sys.executable, "-m", "tests.long.sweep", str(good), str(every)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    print(done.stdout)
+    found = re.search(r"^([0-9]+) cases", done.stdout, re.M)
+    return Run(done.returncode, int(found[1]) if found else 0, done.stdout + done.stderr)
 
 
 def _import_once(good: Path) -> None:
