@@ -25,6 +25,7 @@ class EvalOptions(Section):
     """``hysparse eval``: loss on ``data``, retrieval at ``retrieval_tokens``, tasks of lm-eval.
 
     Retrieval plants its facts in text of ``data``, or of its own making where there is none.
+    ``lm_eval_folder`` holds tasks for lm_eval, which runs the Python code that they name.
     """
 
     data: FilePath | None = None
