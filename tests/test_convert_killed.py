@@ -20,7 +20,7 @@ from hysparse_cli.leftovers import HOST, left_alone, lock, recover
 from hysparse_cli.recipe import ConvertOptions
 from hysparse_cli.source import Source
 from hysparse_cli.staging import staged
-from tests.forked import Forked, start
+from tests.started import Forked, start
 
 Convert = Callable[..., Forked]
 

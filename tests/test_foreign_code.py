@@ -17,7 +17,9 @@ from tests.conftest import Hysparse
 
 FLAG = "--trust-remote-code"
 SIZES = ("--block-size", 8, "--top-k-tokens", 16, "--window-tokens", 8)
+CALIBRATED = ("--calibration-tokens", 128, "--set", "convert.calibration_sequence_tokens=64")
 TRAINS = ("--steps", 1, "--batch-size", 1, "--sequence-tokens", 32)
+SHORT = ("--prompt", "w1 w2", "--max-new-tokens", 2)
 SHADOWED = (
     *("random", "json", "torch", "typing", "numpy", "transformers", "multiprocessing", "runpy"),
     *("hysparse_cli", "hysparse_kernels", "jinja2", "wrapt", "pathlib"),
@@ -32,14 +34,14 @@ def text(tmp_path: Path) -> Path:
 
 
 def commands(model: Path, student: Path, text: Path, out: Path) -> dict[str, list[object]]:
-    measured = ("--strategy", "dp", "--calibration-tokens", 128, "--ratio", "1:1")
+    measured = ("--strategy", "dp", "--ratio", "1:1", "--calibration", text, *CALIBRATED)
     trained = ("--data", text, *TRAINS)
     return {
         "convert": ["convert", model, out / "new", *SIZES, *measured],
         "eval": ["eval", model, "--data", text, "--sequence-tokens", 32],
         "finetune": ["finetune", model, out / "tuned", *trained],
         "teacher": ["finetune", student, out / "taught", "--teacher", model, *trained],
-        "generate": ["generate", model, "--prompt", "w1 w2"],
+        "generate": ["generate", model, *SHORT],
         "bench": ["bench", model, "--context", 64],
         "bench --config": ["bench", "--config", model, "--context", 64],
         "bench --against": ["bench", student, "--against", model, "--context", 64],
@@ -102,8 +104,11 @@ def test_a_family_that_is_unknown_and_brings_no_code_is_not_supported(
     hysparse: Hysparse, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     change(tiny_checkpoint / "config.json", model_type="trap")
-    for args in (["convert", tiny_checkpoint, tmp_path / "out"], ["generate", tiny_checkpoint]):
-        run = hysparse(*args, "--prompt", "w1") if args[0] == "generate" else hysparse(*args)
+    for args in (
+        ["convert", tiny_checkpoint, tmp_path / "out"],
+        ["generate", tiny_checkpoint, *SHORT],
+    ):
+        run = hysparse(*args, *SHORT) if args[0] == "generate" else hysparse(*args)
         assert run.exit_code == 4, run.stderr
 
 
@@ -112,7 +117,7 @@ def test_a_converted_checkpoints_shim_is_neither_refused_nor_run(
     hysparse: Hysparse, tiny_converted: Path, tmp_path: Path, trusted: tuple[str, ...]
 ) -> None:
     own_code(tiny_converted, tmp_path / "sentinel", HUB_SHIM_NAME)
-    run = hysparse("generate", tiny_converted, "--prompt", "w1 w2", *trusted)
+    run = hysparse("generate", tiny_converted, *SHORT, *trusted)
     assert run.exit_code == 0, run.stderr
     assert not (tmp_path / "sentinel").exists()
 
@@ -124,25 +129,20 @@ def test_finetuning_keeps_code_that_is_trusted(
     out = tmp_path / "out"
     assert hysparse("finetune", tiny_checkpoint, out, "--data", text, *TRAINS, FLAG).exit_code == 0
     assert (out / "own.py").read_text() == CODE.format(sentinel=str(tmp_path / "sentinel"))
-    assert hysparse("generate", out, "--prompt", "w1").exit_code == 7
-    assert hysparse("generate", out, "--prompt", "w1", FLAG).exit_code == 0
+    assert hysparse("generate", out, *SHORT).exit_code == 7
+    assert hysparse("generate", out, *SHORT, FLAG).exit_code == 0
 
 
+@pytest.mark.parametrize("converted", [False, True], ids=["dense", "converted"])
 def test_a_kernel_that_a_config_names_is_never_chosen(
-    hysparse: Hysparse, tiny_checkpoint: Path, tiny_converted: Path, tmp_path: Path
+    hysparse: Hysparse, tiny_checkpoint: Path, tiny_converted: Path, converted: bool
 ) -> None:
-    plain = hysparse("generate", tiny_checkpoint, "--prompt", "w1 w2")
-    for fields in KERNELS.values():
-        if "quantization_config" in fields:
-            continue
-        for folder in (tiny_checkpoint, tiny_converted):
-            before = (folder / "config.json").read_text()
-            change(folder / "config.json", **fields)
-            run = hysparse("generate", folder, "--prompt", "w1 w2")
-            assert run.exit_code == 0, run.stderr
-            if folder == tiny_checkpoint:
-                assert run.stdout == plain.stdout
-            (folder / "config.json").write_text(before)
+    folder = tiny_converted if converted else tiny_checkpoint
+    plain = hysparse("generate", folder, *SHORT)
+    change(folder / "config.json", **KERNELS["_attn_implementation=kernels-community/flash-attn2"])
+    change(folder / "config.json", **KERNELS["experts"], **KERNELS["use_kernels"])
+    named = hysparse("generate", folder, *SHORT)
+    assert (named.exit_code, named.stdout) == (0, plain.stdout), named.stderr
 
 
 def test_a_choice_of_kernels_is_taken_out_of_every_part() -> None:
@@ -156,7 +156,7 @@ def test_a_choice_of_kernels_is_taken_out_of_every_part() -> None:
 
 def test_an_adapter_is_not_loaded_in_silence(hysparse: Hysparse, tiny_checkpoint: Path) -> None:
     (tiny_checkpoint / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    run = hysparse("generate", tiny_checkpoint, "--prompt", "w1")
+    run = hysparse("generate", tiny_checkpoint, *SHORT)
     assert run.exit_code == 7 and "adapter" in run.stderr
 
 
@@ -165,7 +165,7 @@ def test_a_way_of_decoding_is_not_fetched(
     hysparse: Hysparse, tiny_checkpoint: Path, fields: dict[str, object]
 ) -> None:
     change(tiny_checkpoint / "generation_config.json", **fields)
-    run = hysparse("generate", tiny_checkpoint, "--prompt", "w1 w2", "--max-new-tokens", 2)
+    run = hysparse("generate", tiny_checkpoint, *SHORT)
     assert run.exit_code == 7 and "generation_config.json" in run.stderr
 
 
@@ -174,7 +174,7 @@ def test_a_tokenizer_class_is_a_tokenizer(
     hysparse: Hysparse, tiny_checkpoint: Path, name: str
 ) -> None:
     change(tiny_checkpoint / "tokenizer_config.json", tokenizer_class=name)
-    assert hysparse("generate", tiny_checkpoint, "--prompt", "w1").exit_code in (0, 7)
+    assert hysparse("generate", tiny_checkpoint, *SHORT).exit_code in (0, 7)
 
 
 @pytest.fixture
@@ -206,12 +206,12 @@ def test_modules_of_the_working_directory_are_not_imported(
     args = {
         "bench": ["bench", tiny_original, "--phases", "decode", "--subjects", "dense"],
         "finetune": ["finetune", tiny_original, "out", "--data", text, *TRAINS],
-        "generate": ["generate", tiny_original, "--prompt", "w1", "--chat"],
+        "generate": ["generate", tiny_original, *SHORT, "--chat"],
     }[command]
     args += {
         "bench": ["--context", 64, "--repeat", 1, "--warmup", 0],
         "finetune": ["--nproc-per-node", 2, "--set", "finetune.gradient_accumulation=2"],
-        "generate": ["--max-new-tokens", 1],
+        "generate": [],
     }[command]
     done = subprocess.run(
         [*installed(tmp_path), *map(str, args)], cwd=hostile_folder, capture_output=True, text=True

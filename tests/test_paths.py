@@ -35,7 +35,6 @@ FIELDS = [
     for name, field in outer.annotation.model_fields.items()  # type: ignore[union-attr]
     if any(check in f"{field.annotation} {field.metadata}" for check in ("expanded", "check_given"))
 ]
-]
 
 
 @pytest.mark.parametrize("args", ARGUMENTS, ids=" ".join)

@@ -26,7 +26,8 @@ class EvalOptions(Section):
 
     Retrieval plants its facts in text of ``data``, or of its own making where there is none. What
     ``data`` may be, and ``text_field``, is said in documents/; ``skip_bad_rows`` counts rows that
-    hold no text instead of refusing them.
+    hold no text instead of refusing them. ``lm_eval_folder`` holds tasks for lm_eval, which runs
+    the Python code that they name.
     """
 
     data: FilePath | None = None

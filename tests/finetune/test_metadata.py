@@ -16,6 +16,7 @@ from hysparse_cli.finetune.metadata import read_table
 from hysparse_cli.finetune.state import read_tensors
 from tests.code_traps import evil_pickle
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 Change = Callable[[Metadata], None]
 
 

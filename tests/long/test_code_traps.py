@@ -31,6 +31,7 @@ OURS = {0, 3, 4, 5, 6, 7}  # what a command may exit with
 FLAG = "--trust-remote-code"
 SECONDS = 10  # of the processor, for anything
 SIZES = ("--block-size", 8, "--top-k-tokens", 16, "--window-tokens", 8)
+CALIBRATED = ("--calibration-tokens", 128, "--set", "convert.calibration_sequence_tokens=64")
 TRAINS = ("--steps", 1, "--batch-size", 1, "--sequence-tokens", 32)
 
 
@@ -48,7 +49,7 @@ class Place:
     def commands(self) -> dict[str, list[object]]:
         model, text = self.model, self.text
         trained = ("--data", text, *TRAINS, "--overwrite")
-        measured = ("--strategy", "dp", "--calibration-tokens", 128, "--ratio", "1:1")
+        measured = ("--strategy", "dp", "--ratio", "1:1", "--calibration", text, *CALIBRATED)
         return {
             "convert": ["convert", model, self.folder / "plain", *SIZES, "--overwrite"],
             "convert dp": ["convert", model, self.folder / "dp", *SIZES, *measured, "--overwrite"],

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.leftovers import recover
-from tests.forked import Forked, start
+from tests.started import Forked, start
 
 RUNS = 200
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
