@@ -239,12 +239,10 @@ class _Stderr:
 
 
 def _bytes(done: int, total: int) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if total < 1024 or unit == "TiB":
-            break
-        done, total = done / 1024, total / 1024
-    digits = 0 if unit == "bytes" else 1
-    return f"{done:.{digits}f}/{total:.{digits}f} {unit}"
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = min(len(units) - 1, max(0, total.bit_length() - 1) // 10)
+    digits = 1 if power else 0
+    return f"{done / 1024**power:.{digits}f}/{total / 1024**power:.{digits}f} {units[power]}"
 
 
 def _steps(done: int, total: int) -> str:
