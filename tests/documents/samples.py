@@ -41,7 +41,7 @@ def zst(content: bytes) -> bytes:
 
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "gz": gzip.compress,
+    "gz": partial(gzip.compress, mtime=0),
     "xz": lzma.compress,
     "bz2": bz2.compress,
     "zst": zst,
