@@ -56,7 +56,7 @@ def data_file(path: Path, text_field: str, on_read: OnRead) -> Iterator[tuple[Ki
         that reads it is not installed.
     """
     check_file(path)
-    with _readable(path):
+    with readable(path):
         with _opened(path) as file:
             packing = _packing(path, file.read(16))
         with _opened(path, packing) as file:
@@ -178,7 +178,8 @@ def _by_content(head: bytes, text: str, text_field: str) -> Kind:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Let what a file's system or its decompressor refuses be an UnreadableInput."""
     try:
         yield
     except (lzma.LZMAError, EOFError, zlib.error) as error:

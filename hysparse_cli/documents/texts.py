@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from hysparse_cli.documents.files import readable
 from hysparse_cli.documents.rows import broken, first_broken, mend
 from hysparse_cli.errors import UnreadableInput
 
@@ -13,10 +14,14 @@ CHUNK_CHARACTERS = 1 << 20
 def text_chunks(file: TextIO, path: Path) -> Iterator[str]:
     """The text of ``file`` as it is.
 
-    Raises: UnreadableInput where it holds what no text does; it names the line.
+    Raises: UnreadableInput where it can't be read, or holds what no text does; it names the line.
     """
     line, end = 1, "\n"
-    while chunk := file.read(CHUNK_CHARACTERS):
+    while True:
+        with readable(path):
+            chunk = file.read(CHUNK_CHARACTERS)
+        if not chunk:
+            return
         place = chunk.find("\0")
         if place >= 0:
             raise UnreadableInput(

@@ -1,6 +1,7 @@
 """What can't be read as text is refused in a line: where, what it holds, what to do."""
 
 import os
+import random
 import resource
 import struct
 from collections.abc import Callable
@@ -135,6 +136,8 @@ def test_damaged_compression_is_refused(tmp_path: Path, ending: str) -> None:
     refused(path, packed[:-8], corrupt)
     refused(path, packed[: len(packed) // 2], corrupt)
     refused(path, packed[:20], corrupt)
+    text = COMPRESS[ending](random.Random(0).randbytes(3_000_000).hex().encode())
+    refused(tmp_path / f"a.txt.{ending}", text[:-8], rf"a\.txt\.{ending} is corrupt: .*download")
     refused(path, GOOD, rf"is not compressed, or damaged, though its name ends in \.{ending}")
 
 
