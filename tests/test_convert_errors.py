@@ -45,6 +45,9 @@ def rotation(**values: object) -> Damage:
     return set_config(rope_parameters={"rope_type": "default", "rope_theta": 1e4} | values)
 
 
+half_rotation = rotation(rope_type="linear", factor=2.0, partial_rotary_factor=0.5)
+
+
 def written(name: str, text: str) -> Damage:
     return lambda folder: (folder / name).write_text(text)
 
@@ -94,7 +97,7 @@ DAMAGE: dict[str, tuple[Damage, int, str]] = {
     "too few layer types": (set_config(layer_types=["full_attention"]), 7, "layer_types"),
     "an odd rotation": (rotation(rope_type="x"), 7, "config.json"),
     "an endless rotation": (rotation(rope_type="linear", factor=1e-300), 7, "no finite numbers"),
-    "half a rotation": (rotation(partial_rotary_factor=0.5), 7, "no model that can be run"),
+    "half a rotation": (half_rotation, 7, "no model that can be run"),
     "a method's name": (set_config(to_dict=1), 7, "to_dict is no setting"),
     "a kernel of the hub": (set_config(attn_implementation="a/b"), 4, "attn_implementation 'a/b'"),
     "generation settings": (written("generation_config.json", "[]"), 7, "no JSON object"),
