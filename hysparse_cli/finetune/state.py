@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from hysparse_cli.errors import HysparseError, InvalidRecipe, OutOfResources, UnreadableInput
+from hysparse_cli.errors import InvalidRecipe, OutOfResources, UnreadableInput
 from hysparse_cli.finetune.group import Group
 from hysparse_cli.finetune.metadata import Reader
 from hysparse_cli.recipe import FinetuneOptions
@@ -159,10 +159,7 @@ def read_tensors(saved: Path, tensors: Tensors) -> None:
     try:
         load(tensors, storage_reader=Reader(saved))
     except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, HysparseError):
-            raise cause from None
-        raise _unreadable(saved, cause) from None
+        raise _unreadable(saved, next(iter(error.failures.values()))[0]) from None
 
 
 def remove_state(out: Path) -> None:
