@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
