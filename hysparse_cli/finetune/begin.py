@@ -128,5 +128,6 @@ def _gone_on_with(
         stages = planned(then, run, options, len(facts["history"]))
     except InvalidRecipe as error:
         raise InvalidRecipe(f"{saved}: {error}") from None
-    as_run = options.model_copy(update={"stages": stages, "steps": None})
+    listed = [stage.as_options() for stage in stages]
+    as_run = options.model_copy(update={"stages": listed, "steps": None})
     return as_run, replace(run, stages=[stage.model_dump() for stage in stages])

@@ -207,6 +207,8 @@ def _further(
     wanted = options.resolved_stages()
     if [stage.model_dump() for stage in wanted[: len(stages)]] == stages:
         return wanted[len(stages) :]
+    if options.stages and options.steps is None:
+        return []
     total = sum(stage["steps"] for stage in asked)
     as_then = options.model_copy(update={"steps": total}).resolved_stages()
     more = options.total_steps - total

@@ -87,6 +87,11 @@ class Stage(StageOptions):
     def needs_teacher(self) -> bool:
         return self.objective != "train"
 
+    def as_options(self) -> StageOptions:
+        """The stage in a recipe's ``stages``, which resolves to it."""
+        others = set() if self.objective == "distill" else {"distill_weight", "hidden_weight"}
+        return StageOptions(**self.model_dump(exclude=others))
+
     def problems(self, name: str) -> list[str]:
         """What can't be carried out, a line each, beginning with ``name``."""
         found = []

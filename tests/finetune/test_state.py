@@ -172,7 +172,7 @@ def stopped(
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "run.pt"])
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999, None])
+@pytest.mark.parametrize("kept", [0.5, None])
 def test_a_state_that_is_damaged_is_unreadable_in_one_line(
     hysparse: Hysparse,
     tiny_original: Path,
