@@ -118,7 +118,7 @@ class _Streamer(TextStreamer):
         self.on_text, self.on_token, self.count = on_text, on_token, -1
 
     def put(self, value: Tensor) -> None:
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
         self.count += 1  # the prompt comes first
         self.on_token(self.count)
 

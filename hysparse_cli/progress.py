@@ -133,9 +133,7 @@ def _bar(what: str, amount: Any, console: Any) -> Iterator[OnStage]:
     )
 
     def update(stage: str, done: int, total: int) -> None:
-        bar.update(
-            task, description=printable(stage, LONGEST_STAGE), completed=done, total=total
-        )
+        bar.update(task, description=printable(stage, LONGEST_STAGE), completed=done, total=total)
 
     task = bar.add_task(printable(what, LONGEST_STAGE), total=None)
     timer = Timer(PATIENCE_SECONDS, bar.start)
@@ -241,12 +239,9 @@ class _Stderr:
 
 
 def _bytes(done: int, total: int) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if total < 1024 or unit == "TiB":
-            break
-        done, total = done / 1024, total / 1024
-    digits = 0 if unit == "bytes" else 1
-    return f"{done:.{digits}f}/{total:.{digits}f} {unit}"
+    power = min(4, max(0, total.bit_length() - 1) // 10)
+    unit, digits = ("bytes", "KiB", "MiB", "GiB", "TiB")[power], 1 if power else 0
+    return f"{done / 1024**power:.{digits}f}/{total / 1024**power:.{digits}f} {unit}"
 
 
 def _steps(done: int, total: int) -> str:

@@ -21,8 +21,7 @@ def python(tmp_path: Path) -> list[str]:
         if "hysparse" not in entry.name and not (packages / entry.name).is_symlink():
             (packages / entry.name).symlink_to(entry)
     begin = (
-        f"import sys; sys.path[:0] = [sys.argv.pop(1), {str(packages)!r}]\n"
-        "exec(sys.argv.pop(1))"
+        f"import sys; sys.path[:0] = [sys.argv.pop(1), {str(packages)!r}]\nexec(sys.argv.pop(1))"
     )
     return [sys.executable, "-I", "-S", "-c", begin]
 

@@ -17,6 +17,7 @@ from hysparse_cli.staging import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Group
+
     from hysparse_cli.tables import Table
 
 SCHEMA = "hysparse.bench/2"
@@ -102,6 +103,7 @@ class Bench:
 
     def _table(self, phase: str) -> "Table":
         from rich import box
+
         from hysparse_cli.tables import Table
 
         table = Table(

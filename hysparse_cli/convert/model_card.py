@@ -79,4 +79,6 @@ def model_card(plan: Plan) -> str:
 def _kv_row(plan: Plan, context: int) -> str:
     dense = plan.dense_kv.total_bytes(context, plan.itemsize)
     ours = plan.kv.total_bytes(context, plan.itemsize)
-    return f"| {context_name(context)} | {readable(dense)} | {readable(ours)} | {dense / ours:.2f}x |"
+    return (
+        f"| {context_name(context)} | {readable(dense)} | {readable(ours)} | {dense / ours:.2f}x |"
+    )

@@ -12,6 +12,7 @@ from hysparse_cli.evaluate.result import CheckpointScores, Evaluation, task_diff
 
 if TYPE_CHECKING:
     from rich.console import Group
+
     from hysparse_cli.tables import Table
 
 MOST_BESIDE_THE_FIRST = 3
@@ -60,6 +61,7 @@ def tables(evaluation: Evaluation) -> "Group":
 
 def _table(evaluation: Evaluation, places: Sequence[int]) -> "Table":
     from rich import box
+
     from hysparse_cli.tables import Table
 
     names = [evaluation.names[place] for place in places]

@@ -74,6 +74,7 @@ class FinetuneResult:
     def table(self) -> Any:
         """The loss curve at about ten steps."""
         from rich import box
+
         from hysparse_cli.tables import Table
 
         table = Table(

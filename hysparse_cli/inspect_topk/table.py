@@ -270,8 +270,9 @@ def _titled(
 ) -> list[Any]:
     """A table, and what to read it with: as wide as the terminal, however narrow the table."""
     from rich import box
-    from hysparse_cli.tables import Table
     from rich.text import Text
+
+    from hysparse_cli.tables import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:

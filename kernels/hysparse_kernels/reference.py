@@ -216,7 +216,8 @@ def _attend_masked(
         logits = logits.masked_fill(~visible[:, :, :, None], -torch.inf)
         weights, total, lse = _softmax(logits, sinks)
         out = torch.einsum("btgrs,bsgd->btgrd", weights, v[:, :stop]) / total
-        return out.flatten(2, 3), lse.flatten(2), *(also(logits, lse, seen) if also is not None else ())
+        more = () if also is None else also(logits, lse, seen)
+        return out.flatten(2, 3), lse.flatten(2), *more
 
     out, *rest = _in_slabs(attend, T, max(1, SLAB_LOGITS[q.device.type] // max(1, B * H * S)))
     return out.to(q.dtype), *rest

@@ -171,6 +171,7 @@ class KernelBench:
 
     def table(self) -> "Table":
         from rich import box
+
         from hysparse_cli.tables import Table
 
         table = Table(
