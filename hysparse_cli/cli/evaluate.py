@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from hysparse_cli.cli.shared import AsJson, Assignments, Device, Dtype, RecipeFile, show
+from hysparse_cli.cli.shared import AsJson, Assignments, Device, Dtype, RecipeFile, hint, show
 from hysparse_cli.errors import QualityGateFailed
 from hysparse_cli.progress import stages
 
@@ -65,6 +65,7 @@ def evaluate(
 
     with stages() as advance:
         result = evaluation.evaluate(checkpoints, options, advance)
+    hint(checkpoints)
     show(result, as_json)
     if failures := result.failures():
         raise QualityGateFailed(f"required {'; '.join(failures)}")

@@ -13,6 +13,7 @@ from hysparse_cli.cli.shared import (
     Device,
     Dtype,
     RecipeFile,
+    hint,
     say,
     show,
     write,
@@ -55,6 +56,7 @@ def generate(
                 shown(text)
 
         result = generation.generate(checkpoint, options, on_text, on_stage)
+    hint([checkpoint])
     if as_json:
         show(result, as_json)
         return

@@ -11,6 +11,7 @@ from hysparse_cli.cli.shared import (
     Device,
     Dtype,
     RecipeFile,
+    hint,
     show,
 )
 from hysparse_cli.progress import stages
@@ -87,5 +88,6 @@ def inspect_topk(
     inspection.check_files(options)
     with stages() as on_stage:
         found = inspection.inspect_topk(checkpoint, options, planned, asked, on_stage)
+    hint([checkpoint])
     show(found, as_json)
     inspection.write_files(found)

@@ -68,6 +68,14 @@ def warn(messages: Sequence[str]) -> None:
         say(f"warning: {printable(message)}")
 
 
+def hint(checkpoints: Sequence[str]) -> None:
+    """Say which of ``checkpoints`` need healing."""
+    from hysparse_cli.healed import hints
+
+    for line in hints(checkpoints):
+        say(line)
+
+
 @contextmanager
 def _to_stdout() -> Iterator[None]:
     try:

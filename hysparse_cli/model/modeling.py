@@ -49,10 +49,14 @@ AttentionMaskInterface.register(ATTENTION_NAME, _mask_as_given)
 
 def register_models(config_class: type[PreTrainedConfig], base: type[PreTrainedConfig]) -> None:
     """Derive the HySparse model classes of a family and let transformers' auto classes find them:
-    the causal language model, the decoder without a head, and what heads the family has besides."""
+    the causal language model, the decoder without a head, and what heads the family has besides.
+
+    A head that keeps the decoder under another name (llama's for question answering) would find
+    none of its weights in a checkpoint: it is left out."""
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base]
     for auto, stock_classes in AUTO_CLASSES:
         stock: Any = stock_classes.get(base, None)
-        if stock is not None:
+        if stock is not None and stock.base_model_prefix == causal.base_model_prefix:
             auto.register(config_class, _derived(stock, config_class, base), exist_ok=True)
 
 
