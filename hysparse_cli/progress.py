@@ -239,10 +239,9 @@ class _Stderr:
 
 
 def _bytes(done: int, total: int) -> str:
-    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
-    power = min(len(units) - 1, max(0, total.bit_length() - 1) // 10)
-    digits = 1 if power else 0
-    return f"{done / 1024**power:.{digits}f}/{total / 1024**power:.{digits}f} {units[power]}"
+    power = min(4, max(0, total.bit_length() - 1) // 10)
+    unit, digits = ("bytes", "KiB", "MiB", "GiB", "TiB")[power], 1 if power else 0
+    return f"{done / 1024**power:.{digits}f}/{total / 1024**power:.{digits}f} {unit}"
 
 
 def _steps(done: int, total: int) -> str:

@@ -14,6 +14,7 @@ from hysparse_cli.cli.shared import (
     SkipBadRows,
     TrustRemoteCode,
     given,
+    hint,
     show,
     warn,
 )
@@ -81,6 +82,7 @@ def evaluate(
     with stages() as advance:
         result = evaluation.evaluate(checkpoints, options, advance)
     warn(result.bad_rows.warnings(options.data))
+    hint(checkpoints)
     show(result, as_json)
     if failures := result.failures():
         raise QualityGateFailed(f"required {'; '.join(failures)}")

@@ -14,6 +14,7 @@ from hysparse_cli.cli.shared import (
     Dtype,
     RecipeFile,
     TrustRemoteCode,
+    hint,
     say,
     show,
     write,
@@ -57,6 +58,7 @@ def generate(
                 shown(text)
 
         result = generation.generate(checkpoint, options, on_text, on_stage)
+    hint([checkpoint])
     if as_json:
         show(result, as_json)
         return

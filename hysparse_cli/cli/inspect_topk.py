@@ -14,6 +14,7 @@ from hysparse_cli.cli.shared import (
     RecipeFile,
     TrustRemoteCode,
     given,
+    hint,
     show,
 )
 from hysparse_cli.progress import stages
@@ -95,5 +96,6 @@ def inspect_topk(
     inspection.check_files(checkpoint, options)
     with stages() as on_stage:
         found = inspection.inspect_topk(checkpoint, options, planned, asked, on_stage)
+    hint([checkpoint])
     show(found, as_json)
     inspection.write_files(found)

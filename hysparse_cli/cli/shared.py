@@ -114,6 +114,14 @@ def warn(messages: Sequence[str]) -> None:
         say(f"warning: {printable(message)}")
 
 
+def hint(checkpoints: Sequence[str]) -> None:
+    """Say which of ``checkpoints`` need healing."""
+    from hysparse_cli.healed import hints
+
+    for line in hints(checkpoints):
+        say(line)
+
+
 def not_for(command: str, flags: dict[str, Any], *names: str) -> None:
     """Refuse the flags of these names, which ``command`` does not take.
 

@@ -1,4 +1,4 @@
-"""HySparse models: a stock causal language model whose S layers became sparse attention layers."""
+"""HySparse models: stock models whose S layers became sparse attention layers."""
 
 from typing import Any
 
@@ -12,13 +12,30 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 from hysparse_cli.families import family_of
 from hysparse_cli.model.attention import ATTENTION_NAME, Branches, hysparse_attention, sparse_class
 from hysparse_cli.model.config import HysparseSpec, spec_of
 from hysparse_cli.model.state import forward_state, padding_mask
+
+# Each auto class, and where it finds a family's stock class: not every family has all of them.
+AUTO_CLASSES: tuple[tuple[Any, Any], ...] = (
+    (AutoModel, MODEL_MAPPING),
+    (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+    (AutoModelForQuestionAnswering, MODEL_FOR_QUESTION_ANSWERING_MAPPING),
+)
 
 
 def _mask_as_given(*, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -30,24 +47,37 @@ AttentionInterface.register(ATTENTION_NAME, hysparse_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _mask_as_given)
 
 
-def register_model(config_class: type[PreTrainedConfig], base: type[PreTrainedConfig]) -> None:
-    """Derive the HySparse model class of a family and let AutoModelForCausalLM find it."""
-    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base]
+def register_models(config_class: type[PreTrainedConfig], base: type[PreTrainedConfig]) -> None:
+    """Derive the HySparse model classes of a family and let transformers' auto classes find them:
+    the causal language model, the decoder without a head, and what heads the family has besides.
+
+    A head that keeps the decoder under another name (llama's for question answering) would find
+    none of its weights in a checkpoint: it is left out."""
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base]
+    for auto, stock_classes in AUTO_CLASSES:
+        stock: Any = stock_classes.get(base, None)
+        if stock is not None and stock.base_model_prefix == causal.base_model_prefix:
+            auto.register(config_class, _derived(stock, config_class, base), exist_ok=True)
+
+
+def _derived(
+    stock: Any, config_class: type[PreTrainedConfig], base: type[PreTrainedConfig]
+) -> type[Any]:
     model_class = type(
         f"HySparse{stock.__name__}",
         (_HySparseModel, stock),
         {"__module__": __name__, "config_class": config_class},
     )
-    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     # transformers skips the family's weight conversion (fused experts) for classes of others
     names = (stock.__name__, base.model_type)
     found = map(get_checkpoint_conversion_mapping, names)
     if conversion := next(filter(None, found), None):
         register_checkpoint_conversion_mapping(model_class.__name__, conversion, overwrite=True)
+    return model_class
 
 
 class _HySparseModel:
-    """Mixed into a stock causal language model class."""
+    """Mixed into a stock model class: a decoder, or one with a head."""
 
     config: Any
 
@@ -61,7 +91,8 @@ class _HySparseModel:
             raise ValueError(_no_choice(config._attn_implementation))
         config._attn_implementation = ATTENTION_NAME
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        install(self, spec)
+        if not any(isinstance(module, Branches) for module in self.modules()):  # type: ignore[attr-defined]
+            install(self, spec)  # else its decoder was made by AutoModel, and has been
         self.post_init()  # type: ignore[attr-defined]
 
     def initialize_weights(self) -> None:
@@ -79,12 +110,12 @@ class _HySparseModel:
 
 
 def install(model: Any, spec: HysparseSpec) -> None:
-    """Make the S layers of a stock causal language model sparse attention layers, in place."""
-    config = model.config
+    """Make the S layers of a stock model, with or without a head, sparse attention layers."""
+    config, decoder = model.config, model.base_model
     config._attn_implementation = ATTENTION_NAME
-    family = family_of(config.model_type)
+    path = family_of(config.model_type).attention.partition(".")[2]
     for layer in spec.layers.sparse_layers:
-        attention: Any = model.get_submodule(family.attention.format(layer=layer))
+        attention: Any = decoder.get_submodule(path.format(layer=layer))
         stock: Any = type(attention)
         attention.__class__ = sparse_class(stock)
         attention.hysparse = Branches(
@@ -93,7 +124,6 @@ def install(model: Any, spec: HysparseSpec) -> None:
             spec,
             own_sinks=hasattr(attention, "sinks"),
         )
-    decoder = model.get_submodule(family.decoder)
     decoder.register_forward_pre_hook(StateHook(spec), with_kwargs=True)
 
 
@@ -115,6 +145,12 @@ class StateHook:
     def __call__(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        config: Any = decoder.config
+        if kwargs.get("output_attentions", config.output_attentions):
+            raise ValueError(
+                "output_attentions=True: HySparse never builds attention maps, leave it out "
+                "(hysparse inspect-topk shows what is attended to)"
+            )
         inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs["inputs_embeds"]

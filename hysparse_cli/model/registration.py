@@ -48,7 +48,7 @@ class HySparseConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
 @cache
 def config_class(base_model_type: str) -> type[PreTrainedConfig]:
-    """The HySparse subclass of a family's config class, known to AutoModelForCausalLM.
+    """The HySparse subclass of a family's config class, known to the auto classes.
 
     Raises: UnsupportedModel for a family that is not supported.
     """
@@ -57,9 +57,9 @@ def config_class(base_model_type: str) -> type[PreTrainedConfig]:
     subclass: type[PreTrainedConfig] = type(
         f"HySparse{base.__name__}", (_FromBase, base), {"__module__": __name__}
     )
-    from hysparse_cli.model.modeling import register_model
+    from hysparse_cli.model.modeling import register_models
 
-    register_model(subclass, base)
+    register_models(subclass, base)
     return subclass
 
 
