@@ -25,7 +25,7 @@ def hints(checkpoints: Sequence[str]) -> list[str]:
     """A line for each checkpoint, a folder or hub id, that is converted and not healed."""
     return [
         f"{printable(checkpoint)} is converted but not healed, so its answers are poor: hysparse "
-        f"finetune heals it"
+        "finetune heals it"
         for checkpoint in checkpoints
-        if is_unhealed(locate(checkpoint).folder)
+        if is_unhealed(locate(checkpoint, trust_remote_code=True).folder)  # nothing is run here
     ]
