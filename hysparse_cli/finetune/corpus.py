@@ -1,5 +1,6 @@
 """Where the documents to train on come from, and how to go on from a place in them."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,6 +118,7 @@ class _DataSet:
     def __init__(self, name: str, options: FinetuneOptions):
         try:
             from datasets import disable_progress_bars, load_dataset
+            from datasets.utils.logging import set_verbosity
         except ImportError:
             raise InvalidRecipe(
                 f"data {HUB}{name} needs the package datasets: pip install 'hysparse[data]'"
@@ -124,6 +126,7 @@ class _DataSet:
         self.name, self.text_field = HUB + name, options.text_field
         self.bad_rows = BadRows(options.skip_bad_rows, SKIP_FLAG)
         disable_progress_bars()
+        set_verbosity(logging.CRITICAL)  # what goes wrong is said once, by us
         with self._read():
             self._stream: Any = load_dataset(
                 str(Path(name).expanduser()),

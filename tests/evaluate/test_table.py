@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hysparse_cli.documents import BadRows
 from hysparse_cli.evaluate.gates import judge, parse_gates
 from hysparse_cli.evaluate.harness import TaskScore
 from hysparse_cli.evaluate.paired import Sample
@@ -56,7 +57,7 @@ def _evaluation(*worse: float) -> Evaluation:
     gates = parse_gates(options.require, names, metric_names(options))
     found = [score.metrics() for score in scores]
     verdicts = judge(gates, found, {})
-    return Evaluation(options, {"device": "cpu"}, scores, verdicts)
+    return Evaluation(options, {"device": "cpu"}, scores, verdicts, BadRows())
 
 
 def _shown(evaluation: Evaluation, width: int) -> str:
