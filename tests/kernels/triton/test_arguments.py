@@ -104,6 +104,7 @@ def test_each_argument_has_another_layout(op: str, sizes: Sizes, where: str) -> 
     check(op, sizes, dict(zip(tensor_arguments(op), cycle(layouts), strict=False)), where)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [SMALL, DECODE], ids=["prefill", "decode"])
 @pytest.mark.parametrize("op", OPS)
 def test_all_arguments_are_one_row_for_the_batch(op: str, sizes: Sizes, where: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hysparse_kernels import backends
 from hysparse_kernels.triton.full import decode_merge
-from tests.kernels.calls import OPTIONS, Sizes, arguments, d_out_of, run, truth_of
+from tests.kernels.calls import Sizes, arguments, d_out_of, run, truth_of
 from tests.kernels.law import assert_lawful
 
 # The interpreter's NumPy warns of NaN that a kernel reads and then leaves out.
@@ -16,7 +16,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 PREFILL = Sizes(T=33, S=52, H=2, G=1, dtype=torch.float16)
 DECODE = replace(PREFILL, T=1)
 UNSELECTING = {"block_size": None, "top_k_blocks": 0, "return_block_scores": False}
-ATTENTION = [op for op in OPTIONS if op != "gated_sum"]
+ATTENTION = [
+    "full_attention",
+    pytest.param("block_sparse_attention", marks=pytest.mark.long),  # a part of a sparse layer
+    "sliding_window_attention",
+    "sparse_layer_attention",
+]
 
 
 @pytest.fixture(autouse=True)
