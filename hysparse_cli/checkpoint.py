@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from hysparse_cli.config_json import MOST_BYTES, check_config, check_counts
 from hysparse_cli.errors import UnreadableInput, UnsupportedModel, reads
 from hysparse_cli.printable import printable, single_line
-from hysparse_cli.reading import parse_json, read_json
+from hysparse_cli.reading import MOST_JSON_BYTES, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -152,7 +152,8 @@ def copy_side_files(folder: Path, target: Path, *, with_code: bool = False) -> N
             source = (folder / name).open("rb")
         with source:
             size = os.fstat(source.fileno()).st_size
-            if size > _MAX_SIDE_FILE_BYTES:
+            small = name.suffix == ".json" and name.name != "tokenizer.json"
+            if size > (MOST_JSON_BYTES if small else _MAX_SIDE_FILE_BYTES):
                 raise UnreadableInput(
                     f"{printable(folder / name)} has {size:,} bytes, more than such a file may have"
                 )

@@ -100,13 +100,6 @@ DAMAGE: dict[str, tuple[Damage, int, str]] = {
     "half a rotation": (half_rotation, 7, "no model that can be run"),
     "a method's name": (set_config(to_dict=1), 7, "to_dict is no setting"),
     "a kernel of the hub": (set_config(attn_implementation="a/b"), 4, "attn_implementation 'a/b'"),
-    "generation settings": (written("generation_config.json", "[]"), 7, "no JSON object"),
-    "tokenizer cut": (
-        lambda f: os.truncate(f / "tokenizer.json", 300),
-        7,
-        "has no tokenizer that can be read",
-    ),
-    "tokenizer settings": (written("tokenizer_config.json", "[]"), 7, "no JSON object"),
     "an adapter beside": (
         written("adapter_config.json", '{"base_model_name_or_path": "some/base"}'),
         7,
@@ -178,7 +171,7 @@ WRONG_OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "5,000 digits of a pair": (("--swap-attention", "1:" + "9" * 5000), "swap_attention"),
     "no seed": (("--set", "convert.seed=-1"), "convert.seed"),
     "no base": (("--set", "convert.rope_theta=.inf"), "convert.rope_theta"),
-    "NUL in a name": (("--set", r'convert.calibration="a\\0b"'), "NUL"),
+    "NUL in a name": (("--set", r'convert.calibration="a\0b"'), "NUL"),
 }
 
 

@@ -1,6 +1,7 @@
 """What convert writes can be loaded: what could not is refused, or left out where it may be."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,8 +14,12 @@ from hysparse_cli.errors import HysparseError, UnreadableInput
 from hysparse_cli.recipe import ConvertOptions
 from hysparse_cli.source import Source
 from tests.conftest import Hysparse
-from tests.long.case import set_json
+from tests.long.case import Damage, set_json
 from tests.long.sweep import run_sweep
+
+
+def _written(name: str, text: str) -> Damage:
+    return lambda folder: (folder / name).write_text(text)
 
 
 def test_a_sample_of_the_sweep_of_malformed_checkpoints(tiny_original: Path) -> None:
@@ -63,6 +68,28 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds(
     data.write_text("w1 w2 new5 w3 " * 40)
     evaluated = hysparse("eval", out, "--data", data, "--sequence-tokens", 32)
     assert evaluated.exit_code == 7 and "new5" in evaluated.stderr, evaluated.stderr
+
+
+UNLOADABLE: dict[str, tuple[Damage, str]] = {
+    "no generation config": (_written("generation_config.json", "[]"), "no JSON object"),
+    "a tokenizer cut short": (
+        lambda folder: os.truncate(folder / "tokenizer.json", 300),
+        "no tokenizer that can be read",
+    ),
+    "no tokenizer config": (_written("tokenizer_config.json", "[]"), "tokenizer_config.json"),
+    "30 MB of added tokens": (_written("added_tokens.json", "[{}]," * 6_000_000), "bytes, more"),
+}
+
+
+@pytest.mark.parametrize("name", UNLOADABLE)
+def test_small_files_that_could_not_be_loaded(
+    hysparse: Hysparse, tiny_checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    damage, reason = UNLOADABLE[name]
+    damage(tiny_checkpoint)
+    run = hysparse("convert", tiny_checkpoint, tmp_path / "out")
+    assert run.exit_code == 7 and reason in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 @pytest.mark.parametrize("command", ["convert", "generate", "eval"])
