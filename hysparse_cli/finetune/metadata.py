@@ -42,18 +42,17 @@ class Reader(FileSystemReader):
     """torch's reader of a state's folder, for folders that others may have written.
 
     The tensors themselves are read by ``torch.load(weights_only=True)``, as torch's reader does.
+
+    Raises: UnreadableInput where the folder's table is none, or is more than that.
     """
 
-    def read_metadata(self, *args: Any, rank: int | None = None, **kwargs: Any) -> Metadata:
-        """The table of the tensors in the folder.
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._table = read_table(folder / ".metadata")
 
-        Raises: UnreadableInput where it is none, or is more than that.
-        """
-        path = Path(self._get_metadata_path(rank))
-        table = read_table(path)
-        table.storage_meta = table.storage_meta or StorageMeta()
-        table.storage_meta.load_id = self.load_id
-        return table
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self._table.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._table
 
 
 def read_table(path: Path) -> Metadata:

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from hysparse_cli.errors import (
-    HysparseError,
     InvalidRecipe,
     OutOfResources,
     UnreadableInput,
@@ -194,10 +193,7 @@ def read_tensors(saved: Path, tensors: Tensors) -> None:
     try:
         load(tensors, storage_reader=Reader(saved))
     except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, HysparseError):
-            raise cause from None
-        raise _unreadable(saved, cause) from None
+        raise _unreadable(saved, next(iter(error.failures.values()))[0]) from None
 
 
 def remove_state(out: Path) -> None:
