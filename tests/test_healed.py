@@ -16,7 +16,7 @@ def test_an_unhealed_checkpoint_is_named_on_stderr(
 ) -> None:
     said = hysparse("generate", tiny_converted, "--prompt", "w1", "--max-new-tokens", 2)
     assert said.exit_code == 0 and said.stderr.count(HINT) == 1 and HINT not in said.stdout
-    both = hysparse("eval", tiny_original, tiny_converted, "--retrieval-tokens", 64)
+    both = hysparse("eval", tiny_original, tiny_converted, "--retrieval-tokens", 400)
     assert both.exit_code == 0 and both.stderr.count(HINT) == 1
     assert f"{tiny_converted} {HINT}" in both.stderr
     looked = hysparse("inspect-topk", tiny_converted, "--json")

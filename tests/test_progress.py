@@ -109,7 +109,7 @@ def test_a_stderr_that_takes_nothing_fails_no_work(
     [
         (("convert", "DENSE", "OUT", "--strategy", "kl"), "kl: patterns: "),
         (("convert", "DENSE", "OUT", "--explain"), "ledger: "),
-        (("eval", "DENSE", "--retrieval-tokens", "64"), "tiny: "),
+        (("eval", "DENSE", "--retrieval-tokens", "400"), "tiny: "),
         (("inspect-topk", "DENSE", "--top-k-tokens", "128"), "loading"),
         (("generate", "DENSE", "--prompt", "w1", "--json"), "generating: "),
         (("bench", "DENSE", "--subjects", "dense", "--context", "16"), "starting"),

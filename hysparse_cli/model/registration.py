@@ -67,6 +67,13 @@ class _FromBase:
     """What a HySparse config adds to the stock config class it is mixed into."""
 
     @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """With the model_type that the config has in memory, which transformers compares with the
+        class's own: peft reads a base model's config by its class."""
+        found, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        return {**found, "model_type": found.get("base_model_type", found.get("model_type"))}, rest
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         spec = spec_of(config_dict)
         assert spec is not None, "a hysparse config.json has a hysparse section"

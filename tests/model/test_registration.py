@@ -89,6 +89,15 @@ def test_in_memory_the_model_type_stays_the_base_familys(checkpoint: Path) -> No
     assert again.hysparse == config.hysparse and again.layer_types == config.layer_types
 
 
+def test_its_own_config_class_reads_it_without_a_warning(checkpoint: Path, tmp_path: Path) -> None:
+    """As peft does, where it saves an adapter."""
+    code = "import hysparse_cli\nfrom transformers import AutoConfig\n"
+    code += "kind = type(AutoConfig.from_pretrained(path))\n"
+    code += "print(kind.from_pretrained(path).hysparse['pattern'])"
+    result = run(code, checkpoint, tmp_path)
+    assert result.stdout.strip() == SPEC.pattern and "model of type" not in result.stderr
+
+
 def test_layer_types_make_the_caches(checkpoint: Path) -> None:
     assert AutoConfig.from_pretrained(checkpoint).layer_types == [
         "full_attention",
