@@ -17,7 +17,7 @@ def limit(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     statm = Path("/proc/self/statm")
     if statm.exists():
-        has = int(statm.read_text().split()[0]) * resource.getpagesize()
+        has = int(statm.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (has + memory_bytes,) * 2)
 
 

@@ -48,7 +48,7 @@ def fails_first(exit_code: int) -> bool:
 
 def claimed_exit_code(folder: Path) -> int | None:
     """The exit code that the first process to fail left below ``folder``, if one did."""
-    claims = [path.read_text() for path in folder.rglob(_CLAIM)]
+    claims = [path.read_text(encoding="utf-8") for path in folder.rglob(_CLAIM)]
     return int(claims[0]) if claims and claims[0] else None
 
 

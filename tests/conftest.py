@@ -32,6 +32,9 @@ def hysparse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     """The ``hysparse`` command, run in this process through its real boundary."""
     from hysparse_cli.cli import main
 
+    # on a busy machine much takes longer than the patience after which a log gets lines
+    monkeypatch.setattr("hysparse_cli.progress.PATIENCE_SECONDS", 3600.0)
+
     def run(*args: object) -> Run:
         monkeypatch.setattr(sys, "argv", ["hysparse", *map(str, args)])
         monkeypatch.setenv("PYTHONSAFEPATH", "")  # which main sets, is restored after the test

@@ -27,7 +27,7 @@ from hysparse_cli.recipe import BenchOptions
 from tests.conftest import Hysparse
 
 SCHEMA = Path(__file__).parent.parent / "docs" / "schema" / "bench.json"
-BEYOND_ANY_MEMORY = 10**11
+BEYOND_ANY_MEMORY = 2**31 - 1
 QUICK = ("--decode-tokens", "2", "--warmup", "0", "--repeat", "1")
 ALL = ("--phases", "memory,prefill,decode,train", "--context", "24,48", "--lists", "local", *QUICK)
 

@@ -88,10 +88,10 @@ def test_json_is_one_object_and_a_dry_run_writes_nothing(
     planned = json.loads(run.stdout)
     assert planned["schema"] == "hysparse.plan/1" and not out.exists()
     assert [layer["served_by"] for layer in planned["layers"]] == [None, 0, 0, None]
-    bytes_full = 2 * 8192 * 2 * 8 * 4
-    assert planned["dense_kv_bytes"]["8192"] == 4 * bytes_full
-    assert planned["layers"][0]["kv_bytes"]["8192"] == bytes_full
-    assert planned["layers"][1]["kv_bytes"]["8192"] == 2 * 7 * 2 * 8 * 4
+    bytes_full = 2 * 512 * 2 * 8 * 4
+    assert planned["dense_kv_bytes"]["512"] == 4 * bytes_full
+    assert planned["layers"][0]["kv_bytes"]["512"] == bytes_full
+    assert planned["layers"][1]["kv_bytes"]["512"] == 2 * 7 * 2 * 8 * 4
     run = hysparse("convert", tiny_checkpoint, out, "--json", *SMALL)
     report = json.loads(run.stdout)
     assert report["schema"] == "hysparse.convert/1" and report["plan"] == planned

@@ -120,11 +120,16 @@ def test_every_start_converts_and_reports(
     assert first.keys() == second.keys() and all(first[n].equal(second[n]) for n in first)
 
 
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
 @pytest.mark.parametrize("switch", ["layout=hybrid-swa", "window_kv=none", "pattern=FFFF"])
 def test_without_two_branches_nothing_is_measured(
     switch: str, hysparse: Hysparse, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    (tiny_checkpoint / "tokenizer.json").unlink()  # so that measuring would fail
+    without_tokenizer(tiny_checkpoint)  # so that measuring would fail
     options = ("--set", f"convert.{switch}", "--init", "copy", *CALIBRATION)
     assert hysparse("convert", tiny_checkpoint, tmp_path / "out", *options).exit_code == 0
 
@@ -132,7 +137,7 @@ def test_without_two_branches_nothing_is_measured(
 def test_without_a_tokenizer_a_measured_start_is_refused_in_a_line(
     hysparse: Hysparse, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    (tiny_checkpoint / "tokenizer.json").unlink()
+    without_tokenizer(tiny_checkpoint)
     run = hysparse("convert", tiny_checkpoint, tmp_path / "out", "--init", "copy", *CALIBRATION)
     assert run.exit_code == 7 and run.stderr.count("\n") == 1 and "no tokenizer" in run.stderr
     assert not (tmp_path / "out").exists()

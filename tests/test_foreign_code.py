@@ -139,10 +139,14 @@ def test_a_kernel_that_a_config_names_is_never_chosen(
 ) -> None:
     folder = tiny_converted if converted else tiny_checkpoint
     plain = hysparse("generate", folder, *SHORT)
-    change(folder / "config.json", **KERNELS["_attn_implementation=kernels-community/flash-attn2"])
-    change(folder / "config.json", **KERNELS["experts"], **KERNELS["use_kernels"])
+    change(
+        folder / "config.json", **KERNELS["use_kernels"], _attn_implementation="flash_attention_2"
+    )
     named = hysparse("generate", folder, *SHORT)
     assert (named.exit_code, named.stdout) == (0, plain.stdout), named.stderr
+    change(folder / "config.json", **KERNELS["_attn_implementation=kernels-community/flash-attn2"])
+    named = hysparse("generate", folder, *SHORT)
+    assert named.exit_code == 4 and "kernels-community/flash-attn2" in named.stderr
 
 
 def test_a_choice_of_kernels_is_taken_out_of_every_part() -> None:

@@ -84,7 +84,7 @@ def test_only_the_command_line_prints_or_exits_and_progress_goes_to_stderr() -> 
     assert any(path.is_relative_to(cli) for path, _ in found)
     assert {(path, hit) for path, hit in found if not path.is_relative_to(cli)} == {
         (progress, "sys.stderr"),
-        (progress, "Console(stderr=True)"),
+        (progress, "Console(file=_Stderr()"),
     }
 
 

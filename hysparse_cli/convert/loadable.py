@@ -50,7 +50,7 @@ def check_loadable(folder: Path, source: Path, *, with_code: bool) -> Loadable:
         if not isinstance(read_json(folder / GENERATION), dict):
             raise UnreadableInput(f"{source / GENERATION} holds no JSON object: remove it")
         with building(f"{source / GENERATION} can't be loaded: mend or remove it"):
-            GenerationConfig.from_pretrained(folder)
+            GenerationConfig.from_pretrained(folder, trust_remote_code=False)
     tokenizer = _tokenizer(folder, source, with_code=with_code)
     return Loadable(
         num_tokens=None if tokenizer is None else len(tokenizer),

@@ -37,7 +37,8 @@ class Start:
     """What every process of a run must know.
 
     options: with the stages that will be run. run: see ``run_of``; it and ``facts`` (places,
-    numerics and notes so far) go into each state. replaces: whether OUT may be replaced.
+    numerics and notes so far) go into each state. replaces: whether OUT may be replaced. said: lines
+    for people, once the run can begin.
     """
 
     options: FinetuneOptions
@@ -45,6 +46,7 @@ class Start:
     facts: Facts
     saved: Path | None
     replaces: bool
+    said: tuple[str, ...]
 
 
 def begin(
@@ -86,10 +88,9 @@ def begin(
         options, run = _gone_on_with(saved, facts, run, options)
         notes = moved(facts["places"], now["places"])
         notes += rounded(facts["numerics"], now["numerics"], len(facts["history"]))
-    for note in (*notes, require_disk(out, disk_need(source, options), options)):
-        on_note(note)
+    said = (*notes, require_disk(out, disk_need(source, options), options))
     notes = [*(facts["notes"] if facts is not None else []), *notes]
-    return Start(options, run, {**now, "notes": notes}, saved, replaces)
+    return Start(options, run, {**now, "notes": notes}, saved, replaces, said)
 
 
 def inputs_of(source: Path, options: FinetuneOptions) -> list[Path]:

@@ -79,7 +79,7 @@ def finetune(
             lambda done, total: on_stage(f"checking {options.data} (MB)", done >> 20, total >> 20)
         )
         with out_of_memory_is(_out_of_memory(options)):
-            trainer, result = _train(checkpoint, out, start, group, corpus, on_step)
+            trainer, result = _train(checkpoint, out, start, group, corpus, on_step, on_note)
         on_stage(f"writing {out.name}", 0, 1)
         weights = {}
         for name, weight in whole(trainer.trained.items()):
@@ -103,6 +103,7 @@ def _train(
     group: Group,
     corpus: Corpus,
     on_step: Callable[[Progress], None],
+    on_note: Callable[[str], None],
 ) -> tuple[Trainer, FinetuneResult]:
     options = start.options
     torch.manual_seed(options.seed + group.rank)
@@ -122,6 +123,8 @@ def _train(
     trainer = Trainer(healing, trained, rows, start, group)
     if start.saved is not None:
         trainer.resume(start.saved)
+    for line in start.said:
+        on_note(line)
     resumed_at = len(trainer.history)
     with scalars(out, options, resumed_at, group) as log:
 
