@@ -144,7 +144,7 @@ def test_a_kernel_that_a_config_names_is_never_chosen(
     )
     named = hysparse("generate", folder, *SHORT)
     assert (named.exit_code, named.stdout) == (0, plain.stdout), named.stderr
-    change(folder / "config.json", **KERNELS["_attn_implementation=kernels-community/flash-attn2"])
+    change(config, **KERNELS["_attn_implementation=kernels-community/flash-attn2"])
     named = hysparse("generate", folder, *SHORT)
     assert named.exit_code == 4 and "kernels-community/flash-attn2" in named.stderr
 

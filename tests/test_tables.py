@@ -13,6 +13,7 @@ from rich.console import Console
 from hysparse_cli.bench.clock import Timing
 from hysparse_cli.convert.ledger import Ledger, Losses
 from hysparse_cli.convert.plan import contexts_up_to
+from hysparse_cli.documents import BadRows
 from hysparse_cli.finetune.result import FinetuneResult, Step
 from hysparse_cli.init.start import LayerFit, Start
 from hysparse_cli.tables import Table
@@ -90,6 +91,9 @@ def test_every_other_table_keeps_its_figures(width: int) -> None:
         tokens_per_second=1.0,
         peak_memory_bytes=10**9,
         steps=[step(i + 1) for i in range(12)],
+        bad_rows=BadRows(),
+        run=None,
+        notes=[],
     )
     finetuned = shown(FinetuneResult(resumed_at=0, seconds=1.0, **vars(run)).table(), width)
     assert finetuned.count("12345.67") == 10 and finetuned.count("0.1250") == 10

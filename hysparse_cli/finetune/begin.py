@@ -37,8 +37,8 @@ class Start:
     """What every process of a run must know.
 
     options: with the stages that will be run. run: see ``run_of``; it and ``facts`` (places,
-    numerics and notes so far) go into each state. replaces: whether OUT may be replaced. said: lines
-    for people, once the run can begin.
+    numerics and notes so far) go into each state. replaces: whether OUT may be replaced. said:
+    lines for people, once the run can begin.
     """
 
     options: FinetuneOptions
