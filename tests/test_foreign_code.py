@@ -138,10 +138,9 @@ def test_a_kernel_that_a_config_names_is_never_chosen(
     hysparse: Hysparse, tiny_checkpoint: Path, tiny_converted: Path, converted: bool
 ) -> None:
     folder = tiny_converted if converted else tiny_checkpoint
+    config = folder / "config.json"
     plain = hysparse("generate", folder, *SHORT)
-    change(
-        folder / "config.json", **KERNELS["use_kernels"], _attn_implementation="flash_attention_2"
-    )
+    change(config, **KERNELS["use_kernels"], _attn_implementation="flash_attention_2")
     named = hysparse("generate", folder, *SHORT)
     assert (named.exit_code, named.stdout) == (0, plain.stdout), named.stderr
     change(config, **KERNELS["_attn_implementation=kernels-community/flash-attn2"])
