@@ -100,7 +100,7 @@ def tried(case: Case, good: Path, empty_bytes: int) -> tuple[Outcome, list[str]]
 
 def sweep(good: Path, every: int = 1) -> int:
     """How many cases did not hold, of each ``every``-th of all."""
-    _import_once(good)
+    _import_once()
     with tempfile.TemporaryDirectory() as name:
         empty_bytes = forked(lambda: None, Path(name)).peak_bytes
     counts: Counter[tuple[str, int]] = Counter()
@@ -136,16 +136,18 @@ def run_sweep(good: Path, every: int) -> Run:
     return Run(done.returncode, int(found[1]) if found else 0, done.stdout + done.stderr)
 
 
-def _import_once(good: Path) -> None:
+def _import_once() -> None:
     """Import what a conversion imports, in this process, without running one here."""
     import hysparse_cli.cli
     import hysparse_cli.convert.run
     import hysparse_cli.convert.weights
     import hysparse_cli.loading
     import hysparse_cli.model.modeling  # noqa: F401
+    from hysparse_cli import progress
     from hysparse_cli.model.registration import config_class
 
     config_class("qwen3")
+    progress.PATIENCE_SECONDS = 3600  # a busy machine makes it say what it does
 
 
 if __name__ == "__main__":
