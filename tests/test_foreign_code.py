@@ -202,7 +202,9 @@ def installed(tmp_path: Path) -> list[str]:
     return [sys.executable, str(script)]
 
 
-@pytest.mark.parametrize("command", ["bench", "finetune", "generate"])
+@pytest.mark.parametrize(
+    "command", [pytest.param("bench", marks=pytest.mark.long), "finetune", "generate"]
+)
 def test_modules_of_the_working_directory_are_not_imported(
     hostile_folder: Path, tiny_original: Path, text: Path, tmp_path: Path, command: str
 ) -> None:
