@@ -4,7 +4,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import psutil
@@ -119,6 +119,7 @@ def interruptible() -> Iterator[None]:
 def _unheard() -> Iterator[None]:
     """Let processes that are started here never hear Ctrl-C, which a terminal sends to all: they
     would say so while they import; this process sees to them."""
+    resource_tracker.ensure_running()  # first, since it unblocks the signal when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

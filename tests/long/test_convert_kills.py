@@ -21,7 +21,8 @@ from tests.started import Forked, start
 
 RUNS = 200
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-ENDS = {0, 3, 130, 143, -signal.SIGKILL, -signal.SIGHUP}
+# SIGTERM as such ends a process in which main() has not begun, or has ended
+ENDS = {0, 3, 130, 143, -signal.SIGKILL, -signal.SIGHUP, -signal.SIGTERM}
 OLD = {"config.json": '{"model_type": "llama"}', "README.md": "old"}
 FOREIGN = {**OLD, "thesis.tex": "precious", "src/main.py": "precious"}
 CASES = {
@@ -58,10 +59,19 @@ def test_killed_at_any_moment_out_is_what_it_was_or_whole(dense: Path, tmp_path:
         place.mkdir()
         _write(out, held)
         runs = [
-            start(tmp_path / f"said {i}", "convert", dense, out, *flags, write_seconds=0.001)
+            start(
+                place.with_name(f"said {number} {i}"),
+                "convert",
+                dense,
+                out,
+                *flags,
+                write_seconds=0.001,
+            )
             for i in range(at_once)
         ]
-        time.sleep(chance.uniform(0, 1.1 * longest))
+        while not all(run.said.exists() for run in runs):
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0.01, 1.1 * longest))
         if what.startswith("foreign files that appear") and not out.exists():
             _write(out, held := {"thesis.tex": "precious"})
         for run in runs:

@@ -1,0 +1,54 @@
+"""Interrupted at any moment, a bench says so in one line and leaves no process behind."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.started import start
+
+MARK = "HYSPARSE_BENCH_UNDER_TEST"
+
+
+def processes_of(mark: str) -> list[psutil.Process]:
+    """What a marked run started, by the environment that all of it inherits."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 3.0])
+def test_an_interrupt_while_processes_start_leaves_none(
+    tiny_original: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    seconds: float,
+) -> None:
+    monkeypatch.setenv(MARK, str(tmp_path))
+    run = start(tmp_path / "said", "bench", tiny_original, "--context", 24, "--repeat", 10**6)
+    deadline = time.monotonic() + 120
+    while not processes_of(str(tmp_path)):
+        assert run.is_running() and time.monotonic() < deadline, run.end()
+        time.sleep(0.01)
+    time.sleep(seconds)
+    heard = processes_of(str(tmp_path)) if number == signal.SIGINT else []  # as Ctrl-C is by all
+    for pid in (run.pid, *(process.pid for process in heard)):
+        os.kill(pid, number)
+    code, said = run.end()
+    assert code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "hysparse: interrupted; nothing half written is left"
+    deadline = time.monotonic() + 10
+    while left := processes_of(str(tmp_path)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
