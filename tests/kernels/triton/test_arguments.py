@@ -98,7 +98,7 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("sizes", [SMALL, DECODE], ids=["prefill", "decode"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "block_sparse_attention"])
 def test_each_argument_has_another_layout(op: str, sizes: Sizes, where: str) -> None:
     layouts = (transposed, stepped, columns_of_wider, offset_by_one)
     check(op, sizes, dict(zip(tensor_arguments(op), cycle(layouts), strict=False)), where)

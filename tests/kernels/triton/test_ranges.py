@@ -17,9 +17,9 @@ DECODE = replace(PREFILL, T=1)
 UNSELECTING = {"block_size": None, "top_k_blocks": 0, "return_block_scores": False}
 ATTENTION = [
     "full_attention",
-    pytest.param("block_sparse_attention", marks=pytest.mark.long),  # a part of a sparse layer
+    "block_sparse_attention",
     "sliding_window_attention",
-    "sparse_layer_attention",
+    pytest.param("sparse_layer_attention", marks=pytest.mark.long),
 ]
 
 
