@@ -47,7 +47,7 @@ class _Known(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
-    num_hidden_layers: Size | None = None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)] | None = None
     vocab_size: Size | None = None
     hidden_size: Size | None = None
     intermediate_size: Size | None = None

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from hysparse_cli import layout as layouts
 from hysparse_cli.bench.presets import PRESETS
 from hysparse_cli.checkpoint import read_config
+from hysparse_cli.config_json import check_config
 from hysparse_cli.errors import InvalidRecipe, UnsupportedModel
 from hysparse_cli.families import family_of
 from hysparse_cli.loading import short_names
@@ -106,7 +107,9 @@ def _config(name: str, trust_remote_code: bool) -> dict[str, Any]:
     if name in PRESETS:
         return dict(PRESETS[name])
     source = locate(name, weights=False, trust_remote_code=trust_remote_code)
-    return dense_of(read_config(source.folder))
+    config = read_config(source.folder)
+    check_config(config, str(source.folder / "config.json"))
+    return dense_of(config)
 
 
 def dense_of(config: dict[str, Any]) -> dict[str, Any]:
