@@ -295,7 +295,8 @@ def _attend(
     if sinks is not None:
         sink = tl.load(sinks + h).to(tl.float32) * LOG2_E
         peak = tl.maximum(of_keys, sink)
-        decay = tl.exp2(of_keys - peak)
+        # fused into one rounding, the difference of equal large numbers may be above 0
+        decay = tl.exp2(tl.minimum(of_keys - peak, 0.0))
         total = total * decay + tl.exp2(sink - peak)
         acc = acc * decay[:, None]
     at = b_wide * stride_eb + t * stride_et + h_wide * stride_eh
