@@ -102,10 +102,8 @@ class Runs:
 @pytest.fixture
 def runs(tmp_path: Path) -> Iterator[Runs]:
     made = Runs(tmp_path / "log")
-    yield made
-    assert made.warm.stdin is not None
-    made.warm.stdin.close()
-    made.warm.wait()
+    with made.warm:  # which ends where its stdin does
+        yield made
 
 
 def where(out: Path) -> str:
