@@ -16,7 +16,10 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hysparse_cli.checkpoint import open_checkpoint
+from hysparse_cli.convert.run import execute, plan
 from hysparse_cli.leftovers import recover
+from hysparse_cli.recipe import ConvertOptions
+from hysparse_cli.source import Source
 from tests.started import Forked, start
 
 RUNS = 200
@@ -42,8 +45,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(num_hidden_layers=6, num_attention_heads=4, **sizes)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200KB")
-    code, said = start(folder.parent / "said", "convert", folder, folder.parent / "o").end()
-    assert code == 0, said
+    planned = plan(Source("dense", folder), ConvertOptions())
+    execute(planned, folder.parent / "imports all that forks need", lambda *_: None)
     return folder
 
 
