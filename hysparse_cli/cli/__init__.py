@@ -18,7 +18,7 @@ import typer
 
 from hysparse_cli import processes
 from hysparse_cli.cli import bench, convert, evaluate, finetune, generate, inspect_topk
-from hysparse_cli.cli.shared import AlreadySaid, say
+from hysparse_cli.cli.shared import LONGEST_MESSAGE, AlreadySaid, say
 from hysparse_cli.errors import (
     HysparseError,
     OutOfResources,
@@ -29,7 +29,6 @@ from hysparse_cli.errors import (
 from hysparse_cli.printable import printable, single_line
 
 INTERRUPTED, TERMINATED = 130, 143
-LONGEST_MESSAGE = 4000  # a recipe's errors are reported all at once
 # what libraries say where a limit of the machine or of the shell (ulimit) is reached
 _LIMITS = ("can't start new thread", "failed to map segment", "cannot allocate memory")
 # address space and open files

@@ -15,6 +15,8 @@ from hysparse_cli.errors import InvalidRecipe, from_system
 from hysparse_cli.paths import check_given, expanded
 from hysparse_cli.printable import cells, printable
 
+LONGEST_MESSAGE = 4000  # a recipe's errors are reported all at once
+
 
 def given(text: str) -> str:
     """What every argument and option that names a model, or a file or so, is read with.
@@ -111,7 +113,7 @@ def say(message: str) -> None:
 
 def warn(messages: Sequence[str]) -> None:
     for message in messages:
-        say(f"warning: {printable(message)}")
+        say(f"warning: {printable(message, LONGEST_MESSAGE)}")
 
 
 def hint(checkpoints: Sequence[str]) -> None:
