@@ -1,5 +1,6 @@
 """What a command that takes a while shows meanwhile, on stderr: a bar on a terminal, else lines."""
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -216,7 +217,7 @@ class _Stderr:
     """
 
     def __init__(self) -> None:
-        self._stream = sys.stderr
+        self._stream: Any = sys.stderr or io.StringIO()  # None where it was closed at the start
         self.encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
@@ -230,12 +231,12 @@ class _Stderr:
 
     def isatty(self) -> bool:
         try:
-            return self._stream.isatty()
+            return bool(self._stream.isatty())
         except ValueError:  # closed
             return False
 
     def fileno(self) -> int:
-        return self._stream.fileno()
+        return int(self._stream.fileno())
 
 
 def _bytes(done: int, total: int) -> str:
