@@ -109,15 +109,16 @@ def test_a_symlink_that_leads_to_itself_is_exit_7(hysparse: Hysparse, tmp_path: 
     assert hysparse("eval", tmp_path, "--recipe", loop).exit_code == 7
 
 
-def test_sigterm_is_exit_143_and_a_second_one_ends_at_once() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_end_is_an_interrupt_with_its_own_exit_code(number: int) -> None:
     program = (
         "import os, signal\nfrom hysparse_cli import cli, source\n"
-        "def stop(*args, **options):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"def stop(*args, **options):\n    os.kill(os.getpid(), {int(number)})\n"
         "    while True: pass\nsource.locate = stop\nimport sys\n"
         "sys.argv = ['hysparse', 'convert', 'a', 'b']\ncli.main()"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == 143
+    assert ended.returncode == 128 + number
     assert ended.stderr == "hysparse: interrupted; nothing half written is left\n"
 
 

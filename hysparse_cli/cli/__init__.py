@@ -28,7 +28,7 @@ from hysparse_cli.errors import (
 )
 from hysparse_cli.printable import printable, single_line
 
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
 # what libraries say where a limit of the machine or of the shell (ulimit) is reached
 _LIMITS = ("can't start new thread", "failed to map segment", "cannot allocate memory")
 # address space and open files
@@ -70,8 +70,8 @@ def main() -> None:
             _check_machine()
             app()
         except HysparseError as error:
-            code = TERMINATED if signals and error.exit_code == INTERRUPTED else error.exit_code
-            _fail(str(error), code)
+            stopped = error.exit_code == INTERRUPTED
+            _fail(str(error), _stop_code(signals) if stopped else error.exit_code)
         except KeyboardInterrupt:
             _interrupted(signals)
         except MemoryError:
@@ -107,22 +107,27 @@ def _prepare_streams() -> None:
 
 @contextmanager
 def _terminable() -> Iterator[list[int]]:
-    """Let SIGTERM, as Slurm and Docker send it, be an interrupt; yields the signals received."""
+    """Let SIGTERM, as Slurm and Docker send it, and SIGHUP, of a terminal that is closed, be an
+    interrupt; yields the signals received."""
     received: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
         received.append(number)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:  # nohup's choice to ignore one is kept
+        signal.signal(number, interrupt)
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_machine() -> None:
@@ -152,7 +157,11 @@ def _refusal(error: Exception) -> HysparseError | None:
 
 
 def _interrupted(signals: list[int]) -> NoReturn:
-    _fail("interrupted; nothing half written is left", TERMINATED if signals else INTERRUPTED)
+    _fail("interrupted; nothing half written is left", _stop_code(signals))
+
+
+def _stop_code(signals: list[int]) -> int:
+    return 128 + signals[0] if signals else INTERRUPTED
 
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: object) -> None:

@@ -129,7 +129,7 @@ class _DataSet:
         set_verbosity(logging.CRITICAL)  # what goes wrong is said once, by us
         with self._read():
             self._stream: Any = load_dataset(
-                str(Path(name).expanduser()),
+                os.path.expanduser(name),
                 options.data_subset,
                 split=options.data_split,
                 streaming=True,

@@ -5,6 +5,7 @@ gigabyte and more, that lies between the samples and leaves every size as it was
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -54,7 +55,7 @@ def of_data(options: FinetuneOptions) -> Fingerprint:
     """
     assert options.data is not None
     name = options.data.removeprefix(HUB)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name != options.data and not path.exists():
         from datasets import load_dataset_builder
 

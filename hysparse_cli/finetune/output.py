@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -12,10 +14,11 @@ from transformers import GenerationConfig
 
 from hysparse_cli.checkpoint import copy_side_files
 from hysparse_cli.convert.model_card import UNTRAINED
+from hysparse_cli.errors import HysparseError
 from hysparse_cli.finetune.lora import merged
 from hysparse_cli.finetune.result import SCHEMA, FinetuneResult
 from hysparse_cli.loading import load
-from hysparse_cli.reading import read_json
+from hysparse_cli.reading import read_json, read_yaml
 from hysparse_cli.recipe import FinetuneOptions, lasting, to_yaml
 from hysparse_cli.recipe.finetune import Stage
 
@@ -50,7 +53,7 @@ def write_checkpoint(
     if (loaded.folder / CONVERSION).is_file():
         shutil.copyfile(loaded.folder / CONVERSION, folder / CONVERSION)
     if (loaded.folder / CARD).is_file():
-        card = (loaded.folder / CARD).read_text(encoding="utf-8")
+        card = (loaded.folder / CARD).read_text(encoding="utf-8", errors="replace")
         (folder / CARD).write_text(_trained(card, result), encoding="utf-8")
     (folder / RECIPE).write_text(_recipe(loaded.folder, options), encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(result.as_json(), indent=2) + "\n", encoding="utf-8")
@@ -86,7 +89,10 @@ def _trained(card: str, result: FinetuneResult) -> str:
 def _recipe(source: Path, options: FinetuneOptions) -> str:
     """The recipe of the source's conversion, if it has one, with this run's section."""
     sections = yaml.safe_load(to_yaml(options))
-    if (source / RECIPE).is_file():
-        before = yaml.safe_load((source / RECIPE).read_text(encoding="utf-8"))
-        sections = {name: lasting(section) for name, section in before.items()} | sections
+    before: Any = None
+    with suppress(HysparseError):  # one that can't be read must not cost the run
+        before = read_yaml(source / RECIPE, "recipe")
+    if isinstance(before, dict):
+        kept = {name: lasting(part) for name, part in before.items() if isinstance(part, dict)}
+        sections = kept | sections
     return yaml.safe_dump(sections, sort_keys=False)

@@ -25,7 +25,7 @@ from tests.started import Forked, start
 RUNS = 200
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # SIGTERM as such ends a process in which main() has not begun, or has ended
-ENDS = {0, 3, 130, 143, -signal.SIGKILL, -signal.SIGHUP, -signal.SIGTERM}
+ENDS = {0, 3, 129, 130, 143, -signal.SIGKILL, -signal.SIGHUP, -signal.SIGTERM}
 OLD = {"config.json": '{"model_type": "llama"}', "README.md": "old"}
 FOREIGN = {**OLD, "thesis.tex": "precious", "src/main.py": "precious"}
 CASES = {
