@@ -21,6 +21,10 @@ from hysparse_cli.reading import MOST_JSON_BYTES, parse_json, read_json
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json", "*.tiktoken"),
+)
 CODE_FILES = ("*.py",)
 _NOT_SIDE_FILES = ("config.json", "*.index.json", "hysparse_*", "adapter_*", "trainer_state.json")
 _CHAT_TEMPLATES = "additional_chat_templates"
@@ -123,6 +127,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise UnreadableInput(f"{folder} holds no tensors: {_AGAIN}")
     check_counts(config, owner, where)
     return Checkpoint(folder=folder, config=config, shards=shards)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether ``folder`` holds any file of a tokenizer: without one transformers makes an empty one
+    of the model's family."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def side_files(folder: Path, *, with_code: bool = False) -> list[Path]:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hysparse_cli.checkpoint import open_checkpoint
+from hysparse_cli.checkpoint import has_tokenizer, open_checkpoint
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.errors import (
     HysparseError,
@@ -144,6 +144,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         own that is not trusted.
     """
     check_code(folder, trust_remote_code=trust_remote_code)
+    if not has_tokenizer(folder):
+        raise UnreadableInput(f"{folder} has no tokenizer: copy the model's tokenizer files there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except MemoryError:

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hysparse_cli.checkpoint import has_tokenizer
 from hysparse_cli.errors import UnreadableInput
 from hysparse_cli.reading import read_json
 
 GENERATION = "generation_config.json"
 _TOKENIZER = "tokenizer_config.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", _TOKENIZER)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def check_loadable(folder: Path, source: Path, *, with_code: bool) -> Loadable:
 
 
 def _tokenizer(folder: Path, source: Path, *, with_code: bool) -> Any:
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    if not has_tokenizer(folder):
         return None
     if (folder / _TOKENIZER).is_file():
         settings = read_json(folder / _TOKENIZER)
