@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import psutil
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hysparse_cli.errors import HysparseError, Interrupted, OutOfResources
@@ -49,7 +50,9 @@ def launch(arguments: Sequence[str], out: Path, options: FinetuneOptions) -> int
         try:
             elastic_launch(config, sys.executable)(*running("hysparse_cli"), *arguments)
         except ChildFailedError as error:
-            return _exit_code(Path(folder), _killed(error))
+            rank, failure = error.get_first_failure()
+            was_killed = failure.exitcode < 0
+            return _exit_code(Path(folder), _killed(rank, failure), told_to_end=was_killed)
         except SignalException as stop:
             _end_children()
             return _exit_code(Path(folder), _interrupted(out, stop))
@@ -73,16 +76,19 @@ def _interrupted(out: Path, stop: SignalException) -> Interrupted:
     return error
 
 
-def _exit_code(folder: Path, otherwise: HysparseError) -> int:
-    """What the first process to fail has said; where none did, ``otherwise`` is raised."""
+def _exit_code(folder: Path, otherwise: HysparseError, *, told_to_end: bool = False) -> int:
+    """What the first process to fail has said; where none did, ``otherwise`` is raised.
+
+    Args:
+        told_to_end: whether the launcher ended the others, which then say that of themselves.
+    """
     code = claimed_exit_code(folder)
-    if code is None:
+    if code is None or (told_to_end and code == 128 + signal.SIGTERM):
         raise otherwise from None
     return code
 
 
-def _killed(error: ChildFailedError) -> HysparseError:
-    rank, failure = error.get_first_failure()
+def _killed(rank: int, failure: ProcessFailure) -> HysparseError:
     name = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     return OutOfResources(
         f"process {rank} of the run was ended from outside ({name}), often for want of host memory;"
