@@ -35,6 +35,14 @@ class KeyRange(NamedTuple):
         """The same, with no ``first`` below 0."""
         return self if self.first is None else self._replace(first=self.first.clamp(min=0))
 
+    def shown(self, num_keys: int) -> Tensor:
+        """Which slots any query of a row may see, of at least one query: (B or 1, S) bool."""
+        slots = torch.arange(num_keys, device=self.last.device)
+        seen = slots <= self.last.amax(1, keepdim=True)
+        if self.first is not None:
+            seen = seen & (slots >= self.first.amin(1, keepdim=True))
+        return seen if self.mask is None else seen & self.mask
+
     def sees(self, slots: Tensor) -> Tensor:
         """Whether each query may see ``slots``: (B, T, ...) int64, in or out of the key tensor.
 

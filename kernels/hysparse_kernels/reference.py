@@ -37,6 +37,7 @@ def full_attention(
     return_block_scores: bool,
 ) -> FullAttention:
     key_range = key_range.inside()
+    k, v = _without_hidden(k, v, key_range)
 
     @torch.no_grad()
     def select(logits: Tensor, total: Tensor, seen: KeyRange) -> tuple[Tensor, ...]:
@@ -72,6 +73,7 @@ def block_sparse_attention(
     softcap: float | None,
 ) -> Attention:
     key_range = key_range.inside()
+    k, v = _without_hidden(k, v, key_range)
     num_blocks = -(-k.shape[1] // block_size)
     block_idx = _distinct(block_idx, num_blocks)
     within = torch.arange(block_size, device=q.device)
@@ -111,6 +113,7 @@ def sliding_window_attention(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Attention:
+    k, v = _without_hidden(k, v, key_range)
     back = torch.arange(1 - min(window_tokens, k.shape[1]), 1, device=q.device)
 
     def slots_of(begin: int, end: int) -> tuple[Tensor, Tensor]:
@@ -227,12 +230,10 @@ def _attend_masked(
             visible = visible & allowed(begin, end, slots)
         q_BTGRD = _split_groups(_accumulate(q[:, begin:end]) * scale, G)
         q_BTGRD = _only(visible.any(-1)[..., None], q_BTGRD)
-        shown = visible.any(1).transpose(1, 2)
-        k_BSGD, v_BSGD = _only(shown, k[:, :stop]), _only(shown, v[:, :stop])
-        logits = _cap(torch.einsum("btgrd,bsgd->btgrs", q_BTGRD, k_BSGD), softcap)
+        logits = _cap(torch.einsum("btgrd,bsgd->btgrs", q_BTGRD, k[:, :stop]), softcap)
         logits = logits.masked_fill(~visible[:, :, :, None], -torch.inf)
         logits, weights, total, lse = _softmax(logits, sinks)
-        out = torch.einsum("btgrs,bsgd->btgrd", weights, v_BSGD) / total
+        out = torch.einsum("btgrs,bsgd->btgrd", weights, v[:, :stop]) / total
         more = () if also is None else also(logits, total, seen)
         return out.flatten(2, 3), lse.flatten(2), *more
 
@@ -281,11 +282,10 @@ def _attend_gathered(
         slots, valid = slots_of(begin, end)
         valid = valid & (slots >= 0) & (slots < k.shape[1])
         q_BTGRD = _only(valid.any(-1)[..., None], q_BTGRD)
-        k_BTGLD, v_BTGLD = (_only(valid, _gather(x, slots)) for x in (k, v))
-        logits = _cap(torch.einsum("btgrd,btgld->btgrl", q_BTGRD, k_BTGLD), softcap)
+        logits = _cap(torch.einsum("btgrd,btgld->btgrl", q_BTGRD, _gather(k, slots)), softcap)
         logits = logits.masked_fill(~valid[:, :, :, None], -torch.inf)
         _, weights, total, lse = _softmax(logits, sinks)
-        out = torch.einsum("btgrl,btgld->btgrd", weights, v_BTGLD) / total
+        out = torch.einsum("btgrl,btgld->btgrd", weights, _gather(v, slots)) / total
         return out.flatten(2, 3), lse.flatten(2)
 
     out, lse = _in_slabs(attend, T, slab)
@@ -306,6 +306,16 @@ def _gather(x_BSGD: Tensor, slots: Tensor) -> Tensor:
     rows = x_BSGD.transpose(1, 2).reshape(B * G * S, D)
     row_of = torch.arange(B * G, device=slots.device).view(B, 1, G, 1) * S
     return _accumulate(F.embedding(row_of + slots.clamp(0, S - 1), rows))
+
+
+def _without_hidden(k: Tensor, v: Tensor, key_range: KeyRange) -> tuple[Tensor, Tensor]:
+    """``k`` and ``v``, 0 in the slots that no query of a row sees."""
+    T, S = key_range.last.shape[1], k.shape[1]
+    sees_all = key_range.diagonal is not None and key_range.diagonal + T == S
+    if sees_all or not T:
+        return k, v
+    shown = key_range.shown(S)[..., None]
+    return _only(shown, k), _only(shown, v)
 
 
 def _only(shown: Tensor, x: Tensor) -> Tensor:

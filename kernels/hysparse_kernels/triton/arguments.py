@@ -51,10 +51,7 @@ def shown(k: Tensor, v: Tensor, key_range: KeyRange) -> tuple[Tensor, Tensor]:
     num_queries, num_keys = key_range.last.shape[1], k.shape[1]
     if not num_queries or not leaves_out(key_range, num_queries, num_keys):
         return k, v
-    seen = torch.arange(num_keys, device=k.device) <= key_range.last.amax(1, keepdim=True)
-    if key_range.mask is not None:
-        seen = seen & key_range.mask
-    seen = seen[:, :, None, None]
+    seen = key_range.shown(num_keys)[:, :, None, None]
     return torch.where(seen, k, 0), torch.where(seen, v, 0)
 
 
