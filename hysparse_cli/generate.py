@@ -163,7 +163,10 @@ def _in_template(tokenizer: Any, prompt: str, checkpoint: str) -> str:
         raise UnreadableInput(f"{checkpoint}: {single_line(error)}") from None
     variables = {"add_generation_prompt": True, **tokenizer.special_tokens_map}
     conversation = [{"role": "user", "content": prompt}]
-    return next(render_chat(template, [conversation], variables, checkpoint))
+    text = next(render_chat(template, [conversation], variables, checkpoint))
+    if not text:
+        raise UnreadableInput(f"the chat template of {checkpoint} makes no text of a prompt")
+    return text
 
 
 def _sampling(options: GenerateOptions) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -24,6 +25,7 @@ from hysparse_cli.families import FAMILIES
 from hysparse_cli.foreign import brings_code, check_code
 from hysparse_cli.model.config import MODEL_TYPE, spec_of
 from hysparse_cli.printable import printable, single_line
+from hysparse_cli.reading import MOST_JSON_BYTES
 from hysparse_cli.source import locate
 
 
@@ -147,6 +149,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if not has_tokenizer(folder):
         raise UnreadableInput(f"{folder} has no tokenizer: copy the model's tokenizer files there")
     try:
+        _check_large(folder / "tokenizer.json")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except MemoryError:
         raise
@@ -162,6 +165,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         kind = type(tokenizer).__name__
         raise UnreadableInput(f"{folder}: its tokenizer_class is {kind}, which is no tokenizer")
     return tokenizer
+
+
+def _check_large(path: Path) -> None:
+    """Raise where a large tokenizer.json is none: transformers would first build all it holds."""
+    if path.is_file() and path.stat().st_size > MOST_JSON_BYTES:
+        Tokenizer.from_file(str(path))
 
 
 def resolve_device(device: str) -> torch.device:

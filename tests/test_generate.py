@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,14 @@ def test_temperature_reaches_the_sampler(hysparse: Hysparse, tiny_original: Path
 
 
 def test_what_the_user_got_wrong_is_one_line(
-    hysparse: Hysparse, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    hysparse: Hysparse, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    empty = Path(shutil.copytree(tiny_checkpoint, tmp_path / "empty"))
+    (empty / "chat_template.jinja").write_text("{{ none.of_these }}")
     (tiny_checkpoint / "chat_template.jinja").unlink()
     cases = [
+        ((empty, "--prompt", PROMPT, "--chat"), 7, "makes no text"),
         ((tiny_checkpoint,), 3, "there is no prompt"),
         ((tiny_checkpoint, "--prompt", PROMPT, "--max-new-tokens=600"), 3, "512"),
         ((tiny_checkpoint, "--prompt", PROMPT, "--chat"), 3, "no chat template"),

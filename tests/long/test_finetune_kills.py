@@ -63,8 +63,8 @@ CHANGES = 60  # of the disk, about half of those that a run makes
 
 
 def environment() -> dict[str, str]:
-    paths = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 class Runs:
