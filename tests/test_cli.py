@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import hysparse_cli
 from hysparse_cli.cli.shared import show
 from hysparse_cli.progress import progress
 from tests.conftest import Hysparse
@@ -33,6 +34,11 @@ def test_help_is_quick_and_imports_no_torch() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < HELP_SECONDS, times
+
+
+def test_version(hysparse: Hysparse) -> None:
+    run = hysparse("--version")
+    assert (run.exit_code, run.stdout) == (0, f"hysparse {hysparse_cli.__version__}\n")
 
 
 def test_help_shows_defaults_and_cuts_nothing(

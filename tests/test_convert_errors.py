@@ -164,7 +164,7 @@ WRONG_OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "dtype": (("--dtype", "int8"), "convert.dtype"),
     "window": (("--window-tokens", "1"), "convert.window_tokens"),
     "shard size": (("--max-shard-size", "big"), "convert.max_shard_size"),
-    "unknown field": (("--set", "convert.blok=1"), "convert.blok: unknown field"),
+    "unknown field": (("--set", "convert.blok=1"), "convert.blok: unknown field; known: "),
     "40 digits": (("--max-position-embeddings", "9" * 40), "convert.max_position_embeddings"),
     "40 digits of tokens": (("--fit", "1GB", "--context", "9" * 40), "not a list of lengths"),
     "5,000 digits of bytes": (("--max-shard-size", "9" * 5000), "convert.max_shard_size"),

@@ -101,7 +101,7 @@ def test_errors_in_a_stage_name_it(tmp_path: Path) -> None:
     path.write_text(
         "finetune:\n  stages:\n"
         "    - {objective: align, steps: 5}\n"
-        "    - {objective: heal, steps: 0, rate: 3}\n"
+        "    - {objective: heal, steps: 0, speed: 3, stepps: 2}\n"
         "    - {objective: train, steps: 5, distill_weight: 1.0}\n"
     )
     with pytest.raises(InvalidRecipe) as error:
@@ -109,7 +109,8 @@ def test_errors_in_a_stage_name_it(tmp_path: Path) -> None:
     for part in (
         "stages.1.objective",
         "stages.1.steps",
-        "stages.1.rate: unknown field; known: objective, steps,",
+        "stages.1.speed: unknown field; known: objective, steps,",
+        "stages.1.stepps: unknown field; did you mean steps?",
         "stages.2: objective train takes no distill_weight",
     ):
         assert part in str(error.value)

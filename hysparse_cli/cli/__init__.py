@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hysparse_cli import processes
+from hysparse_cli import __version__, processes
 from hysparse_cli.cli import bench, convert, evaluate, finetune, generate, inspect_topk
 from hysparse_cli.cli.shared import LONGEST_MESSAGE, AlreadySaid, say
 from hysparse_cli.errors import (
@@ -54,8 +54,20 @@ app.command()(bench.bench)
 app.command("inspect-topk")(inspect_topk.inspect_topk)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hysparse {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on any error.")] = False,
 ) -> None:
     pass

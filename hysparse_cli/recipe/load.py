@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -178,7 +179,10 @@ def _all_errors(error: ValidationError) -> str:
         where = ".".join(map(str, item["loc"])) or "recipe"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = f"unknown field; known: {', '.join(_known_fields(item['loc'][:-1]))}"
+            known = _known_fields(item["loc"][:-1])
+            near = get_close_matches(str(item["loc"][-1]), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            message = f"unknown field; {hint}"
         elif isinstance(item["input"], (str, int, float, bool, list)):
             message = f"{message} (got {printable(repr(item['input']))})"
         parts.append(f"{where}: {message}")
