@@ -16,8 +16,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from hysparse_cli.documents import read_documents
-from hysparse_cli.evaluate.retrieval import Task, write_context
+from hysparse_cli.texts.documents import read_documents
+from hysparse_cli.texts.facts import Task, write_context
 
 TOKENS = 8191  # and the end token
 NOVELS, FACTS = 0.5, 0.38

@@ -1,4 +1,4 @@
-"""Healing that follows the dense model as the same text has made it: a corrected teacher.
+"""ObjectiveModule that follows the dense model as the same text has made it: a corrected teacher.
 
     python examples/24_corrected_teacher.py novels-25m healing.jsonl.xz held-out.jsonl.xz out
 

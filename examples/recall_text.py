@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from hysparse_cli.evaluate.words import WORDS
+from hysparse_cli.texts.words import WORDS
 
 ASKING_TOKENS = 2  # of a line: the newline, the word with its colon; then comes the value
 LINE_TOKENS = 4  # on average, half of the values being numbers

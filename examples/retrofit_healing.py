@@ -10,10 +10,10 @@ from transformers import AutoConfig
 from hysparse_cli.convert.measure import measured
 from hysparse_cli.convert.run import execute, plan
 from hysparse_cli.evaluate import evaluate
+from hysparse_cli.files.source import locate
 from hysparse_cli.finetune import finetune
-from hysparse_cli.kv_cache import kv_cache_of
+from hysparse_cli.model.kv_cache import kv_cache_of
 from hysparse_cli.recipe import ConvertOptions, EvalOptions, FinetuneOptions
-from hysparse_cli.source import locate
 
 ROW_TOKENS = 8192
 LENGTHS = [1024, 2048, 4096, 8192]

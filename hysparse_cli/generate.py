@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from hysparse_cli.chat import render_chat
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
-from hysparse_cli.kv_cache import held_kv_bytes
-from hysparse_cli.loading import Loaded, load
+from hysparse_cli.model.kv_cache import held_kv_bytes
+from hysparse_cli.model.loading import Loaded, load
 from hysparse_cli.printable import single_line
 from hysparse_cli.recipe import GenerateOptions
+from hysparse_cli.texts.chat import render_chat
 
 OnText = Callable[[str], None]
 OnStage = Callable[[str, int, int], None]

@@ -19,8 +19,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 IMPORTS = (
     *("transformers.models.qwen3.modeling_qwen3", "transformers.generation.utils"),
-    *("hysparse_cli.loading", "hysparse_cli.convert.run", "hysparse_cli.evaluate.run"),
-    *("hysparse_cli.finetune.run", "hysparse_cli.bench.run", "hysparse_cli.selection.run"),
+    *("hysparse_cli.model.loading", "hysparse_cli.convert.run", "hysparse_cli.evaluate.run"),
+    *("hysparse_cli.finetune.run", "hysparse_cli.bench.run", "hysparse_cli.placement.run"),
     *("hysparse_cli.inspect_topk.run", "hysparse_cli.generate", "hysparse_cli.cli"),
     *("rich.progress", "rich.table", "rich.columns"),
 )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers.modeling_utils import AttentionInterface
 
-from hysparse_cli.bench.attention import DENSE_NAME, AttentionPart, listen_to
+from hysparse_cli.bench.attention import DENSE_NAME, AttentionPart, record_attention
 from hysparse_cli.model.attention import ATTENTION_NAME, hysparse_attention
 
 
@@ -20,7 +20,7 @@ def unheard() -> Iterator[None]:
 def listened(model: Any) -> AttentionPart:
     """What hears the attention of ``model``, a dense one's SDPA too."""
     is_dense = model.config._attn_implementation != "hysparse"
-    part = listen_to(is_dense, "sdpa")
+    part = record_attention(is_dense, "sdpa")
     if is_dense:
         model.set_attn_implementation(DENSE_NAME)
     return part

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import hysparse_cli.convert.shards as shards
+import hysparse_cli.files.shards as shards
 from hysparse_cli.cli import main
 
 

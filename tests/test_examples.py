@@ -61,7 +61,7 @@ def test_words_and_digits_are_whole_tokens(recall_text: Any) -> None:
 
 
 def test_contexts_of_eval_need_no_other_tokens_than_the_demo_text(recall_text: Any) -> None:
-    from hysparse_cli.evaluate.retrieval import Task, write_context
+    from hysparse_cli.texts.facts import Task, write_context
 
     tokenizer = recall_text.build_tokenizer()
     context = write_context(Task("recall", 512, 16, 16), 0, tokenizer)

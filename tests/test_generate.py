@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hysparse_cli.generate import generate
-from hysparse_cli.kv_cache import kv_cache_of
-from hysparse_cli.loading import load
+from hysparse_cli.model.kv_cache import kv_cache_of
+from hysparse_cli.model.loading import load
 from hysparse_cli.recipe import GenerateOptions
 from tests.conftest import Hysparse
 

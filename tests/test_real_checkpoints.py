@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hysparse_cli.kv_cache import held_kv_bytes, kv_cache_of
+from hysparse_cli.model.kv_cache import held_kv_bytes, kv_cache_of
 from tests.conftest import Hysparse
 
 TEXT = "One day, a little girl named Lily found a key in the garden. " * 20

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import AttentionInterface
 
 import hysparse_cli.model.modeling  # noqa: F401 - registers the attention that we stand in for
-from hysparse_cli.bench.clock import Marks
-from hysparse_cli.bench.exactness import AttentionCall, Witness
+from hysparse_cli.bench.exactness import AttentionCall, AttentionCheck
+from hysparse_cli.bench.timing import Marks
 from hysparse_cli.model.attention import ATTENTION_NAME, hysparse_attention
 from hysparse_cli.model.state import ForwardState, Shared
 
@@ -40,7 +40,7 @@ class AttentionPart:
         self.attend = attend
         self.marks: Marks | None = None
         self.calls: list[Callable[[], Any]] | None = None
-        self.witness: Witness | None = None
+        self.witness: AttentionCheck | None = None
         self.lists: Tensor | None = None
 
     def __call__(
@@ -65,7 +65,7 @@ class AttentionPart:
         return out, weights
 
 
-def listen_to(is_dense: bool, backend: str) -> AttentionPart:
+def record_attention(is_dense: bool, backend: str) -> AttentionPart:
     """Stand in for the attention of all HySparse models of this process, or of its dense ones."""
     if is_dense:
         part = AttentionPart(partial(dense_attention, backend=BACKENDS.get(backend)))

@@ -14,8 +14,8 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticSlidingWindowLayer
 
 from hysparse_cli.bench.attention import AttentionPart
-from hysparse_cli.bench.clock import Marks
-from hysparse_cli.kv_cache import KvCache, held_kv_bytes, kv_cache_of
+from hysparse_cli.bench.timing import Marks
+from hysparse_cli.model.kv_cache import KvCache, held_kv_bytes, kv_cache_of
 from hysparse_cli.model.state import ForwardState
 
 WARM_STEPS = 2

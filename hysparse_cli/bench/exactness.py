@@ -37,7 +37,7 @@ class AttentionCall(NamedTuple):
     selected: bool
 
 
-class Witness:
+class AttentionCheck:
     """Remembers what the first full and the first sparse attention layer were given, and gave."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ def errors_in(numbers: Mapping[str, Any]) -> dict[str, float]:
 
 
 def is_error(name: str) -> bool:
-    """Whether a number of this name is one of ``Witness.errors``."""
+    """Whether a number of this name is one of ``AttentionCheck.errors``."""
     return name.endswith("_error")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from hysparse_cli.bench.decode import Decoding, static_cache, static_kv_cache
 from hysparse_cli.devices import is_out_of_memory
-from hysparse_cli.kv_cache import held_kv_bytes
+from hysparse_cli.model.kv_cache import held_kv_bytes
 
 MOST_ON_CPU = 1 << 30  # bytes: a plan must not fill a laptop's memory
 RESERVE = 1 << 30  # bytes that kernels and libraries take beside tensors

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hysparse_cli.bench.attention import AttentionPart
-from hysparse_cli.bench.clock import Marks, timed
-from hysparse_cli.kv_cache import held_kv_bytes
+from hysparse_cli.bench.timing import Marks, timed
+from hysparse_cli.model.kv_cache import held_kv_bytes
 
 
 class Prefilled(NamedTuple):

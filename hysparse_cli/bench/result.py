@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from hysparse_cli.bench.exactness import WRONG
 from hysparse_cli.bench.plots import plots_of
 from hysparse_cli.bench.rows import Row, times_dense
-from hysparse_cli.bench.tables import COLUMNS, caption, cells_of_row
-from hysparse_cli.loading import short_names
+from hysparse_cli.bench.table import COLUMNS, caption, cells_of_row
+from hysparse_cli.files.output import whole_file, write_whole
+from hysparse_cli.model.loading import short_names
 from hysparse_cli.recipe import BenchOptions
-from hysparse_cli.staging import whole_file, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -29,7 +29,8 @@ WRITTEN_AFTER = ("bench.csv", "bench.md", RECIPE, "memory.png", "*-batch-*.png")
 class Bench:
     """All rows, and what they must be read with.
 
-    model: the checkpoint or config. environment: stamp.py's, with the clocks before and after.
+    model: the checkpoint or config. environment: of environment.py, with the clocks before
+        and after.
     ceilings: ceilings.py's. subjects: what each is, in the order of the rows.
     """
 

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hysparse_cli.bench.clock import Timing
 from hysparse_cli.bench.exactness import is_error
+from hysparse_cli.bench.timing import Timing
 from hysparse_cli.bench.work import Work
 from hysparse_cli.bench.worker import Cell
 

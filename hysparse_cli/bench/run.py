@@ -6,18 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hysparse_cli.bench.kept import Kept
+from hysparse_cli.bench.environment import clocks, environment
+from hysparse_cli.bench.journal import Kept
+from hysparse_cli.bench.processes import Worker, interruptible
 from hysparse_cli.bench.result import RECIPE, RESULT, WRITTEN_AFTER, Bench
 from hysparse_cli.bench.rows import Row, row_of
-from hysparse_cli.bench.stamp import clocks, environment
 from hysparse_cli.bench.subjects import subjects_of
-from hysparse_cli.bench.turns import Worker, interruptible
 from hysparse_cli.bench.worker import Cell, Failed
 from hysparse_cli.errors import OutOfResources
-from hysparse_cli.loading import resolve_device
+from hysparse_cli.files.output import keeping, write_whole
+from hysparse_cli.files.results import prepare_results
+from hysparse_cli.model.loading import resolve_device
 from hysparse_cli.recipe import BenchOptions, to_yaml
-from hysparse_cli.results import prepare_results
-from hysparse_cli.staging import keeping, write_whole
 
 Progress = Callable[[str, int, int], None]
 

@@ -4,17 +4,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hysparse_cli import layout as layouts
+from hysparse_cli import pattern as patterns
 from hysparse_cli.bench.presets import PRESETS
-from hysparse_cli.checkpoint import read_config
-from hysparse_cli.config_json import check_config
 from hysparse_cli.errors import InvalidRecipe, UnsupportedModel
 from hysparse_cli.families import family_of
-from hysparse_cli.loading import short_names
+from hysparse_cli.files.checkpoint import read_config
+from hysparse_cli.files.config_json import check_config
+from hysparse_cli.files.source import locate
 from hysparse_cli.model.config import HysparseSpec, converted_config, spec_of
+from hysparse_cli.model.loading import short_names
 from hysparse_cli.recipe import BenchOptions
 from hysparse_cli.recipe.bench import DENSE, SubjectName
-from hysparse_cli.source import locate
 
 DEFAULT_RATIO = "1:3"
 OURS = ("auto_map", "base_model_type", "hysparse", "layer_types", "sliding_window")
@@ -126,13 +126,13 @@ def _spec(dense: dict[str, Any], options: BenchOptions) -> HysparseSpec:
         raise UnsupportedModel("config.json has no model_type or no num_hidden_layers")
     family_of(model_type)
     if options.pattern is not None:
-        layout = layouts.from_pattern(options.pattern, num_layers)
+        pattern = patterns.from_pattern(options.pattern, num_layers)
     else:
-        layout = layouts.from_ratio(
+        pattern = patterns.from_ratio(
             options.ratio or DEFAULT_RATIO, num_layers, last_layer_full=options.last_layer_full
         )
     return HysparseSpec(
-        pattern=layout.pattern,
+        pattern=pattern.pattern,
         block_size=options.block_size,
         top_k_tokens=options.top_k_tokens,
         window_tokens=options.window_tokens,

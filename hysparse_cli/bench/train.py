@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hysparse_cli.bench.attention import AttentionPart
-from hysparse_cli.bench.clock import Marks, timed
 from hysparse_cli.bench.prefill import random_ids
+from hysparse_cli.bench.timing import Marks, timed
 from hysparse_cli.finetune.losses import next_token_sums
 
 

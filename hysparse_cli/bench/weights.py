@@ -10,9 +10,9 @@ from hysparse_cli.bench.attention import DENSE_NAME
 from hysparse_cli.bench.subjects import Subject
 from hysparse_cli.convert.shapes import dense_config
 from hysparse_cli.devices import out_of_memory_is
-from hysparse_cli.foreign import without_kernels
-from hysparse_cli.loading import load
+from hysparse_cli.files.foreign import without_kernels
 from hysparse_cli.model.config import MODEL_TYPE
+from hysparse_cli.model.loading import load
 from hysparse_cli.model.registration import HySparseConfig
 
 STD = 0.02  # of random matrices, as most models begin with

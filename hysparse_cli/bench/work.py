@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hysparse_cli.bench.kernels.work import BACKWARD_OVER_FORWARD
-from hysparse_cli.kv_cache import kv_cache_of
 from hysparse_cli.model.config import HysparseSpec, spec_of
+from hysparse_cli.model.kv_cache import kv_cache_of
 
 LINEAR_BACKWARD = 2  # matrix multiplications, to one of the forward
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from hysparse_cli.bench.attention import DENSE_NAME, listen_to
+from hysparse_cli.bench.attention import DENSE_NAME, record_attention
 from hysparse_cli.bench.ceilings import measured_ceilings
 from hysparse_cli.bench.decode import decode
-from hysparse_cli.bench.exactness import Witness, wrong
+from hysparse_cli.bench.exactness import AttentionCheck, wrong
 from hysparse_cli.bench.kernels.lists import local_lists, read_lists
 from hysparse_cli.bench.kernels.run import FAILURES
 from hysparse_cli.bench.memory import confirm, measure_memory
@@ -30,8 +30,8 @@ from hysparse_cli.bench.weights import Weights, config_of, torch_dtype
 from hysparse_cli.bench.work import Shape, work_of
 from hysparse_cli.devices import is_out_of_memory
 from hysparse_cli.errors import HysparseError, OutOfResources
-from hysparse_cli.kv_cache import kv_cache_of
-from hysparse_cli.loading import resolve_device
+from hysparse_cli.model.kv_cache import kv_cache_of
+from hysparse_cli.model.loading import resolve_device
 from hysparse_cli.recipe import BenchOptions
 from hysparse_cli.recipe.bench import Phase
 from hysparse_kernels.backends import Call, choose
@@ -89,7 +89,7 @@ class ReadySubject:
     def __init__(self, subject: Subject, options: BenchOptions):
         self.subject, self.options = subject, options
         self.device = resolve_device(options.device)
-        self.part = listen_to(subject.is_dense, subject.backend)
+        self.part = record_attention(subject.is_dense, subject.backend)
         self._weights: Weights | None = None
 
     def answer(self, asked: Cell | str) -> Any:
@@ -144,7 +144,7 @@ class ReadySubject:
     def _timed(self, cell: Cell) -> dict[str, Any]:
         model, options = self._model(), self.options
         context, batch, seed = cell.context, cell.batch, options.seed
-        self.part.lists, self.part.witness = self._lists(cell), Witness()
+        self.part.lists, self.part.witness = self._lists(cell), AttentionCheck()
         measured = (model, self.part, context, batch, seed)
         if cell.phase == "prefill":
             counted = batch * kv_cache_of(model.config).total_bytes(context, model.dtype.itemsize)

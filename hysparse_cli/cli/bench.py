@@ -150,8 +150,8 @@ def bench(
 
 def _kernels(flags: dict[str, Any], format_: str) -> None:
     from hysparse_cli.bench.kernels.run import bench_kernels
+    from hysparse_cli.files.results import prepare_results
     from hysparse_cli.recipe import KernelBenchOptions, load_section, name_list
-    from hysparse_cli.results import prepare_results
 
     not_for("bench kernels", flags, *OF_MODELS)
     flags["ops"] = name_list(flags["ops"])

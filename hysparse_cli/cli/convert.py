@@ -107,7 +107,10 @@ def convert(
     """Turn a dense checkpoint into a HySparse one."""
     from hysparse_cli.convert.run import execute
     from hysparse_cli.convert.settle import settled_plan
-    from hysparse_cli.leftovers import left_alone
+    from hysparse_cli.files.leftovers import left_alone
+    from hysparse_cli.files.output import prepare_output
+    from hysparse_cli.files.replaceable import check_output
+    from hysparse_cli.files.source import locate
     from hysparse_cli.recipe import (
         ConvertOptions,
         integer_list,
@@ -115,9 +118,6 @@ def convert(
         load_section,
         token_count,
     )
-    from hysparse_cli.replaceable import check_output
-    from hysparse_cli.source import locate
-    from hysparse_cli.staging import prepare_output
 
     flags = locals() | {
         "full_layers": integer_list("full_layers", full_layers),

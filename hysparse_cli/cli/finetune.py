@@ -84,7 +84,7 @@ def finetune(
 
         raise AlreadySaid(launch(sys.argv[1:], out, options))
     from hysparse_cli import finetune as finetuning
-    from hysparse_cli.leftovers import left_alone
+    from hysparse_cli.files.leftovers import left_alone
 
     if processes.rank() > 0:
         finetuning.finetune(checkpoint, out, options, lambda now: None)

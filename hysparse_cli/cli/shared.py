@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from hysparse_cli.errors import InvalidRecipe, from_system
-from hysparse_cli.paths import check_given, expanded
+from hysparse_cli.files.paths import check_given, expanded
 from hysparse_cli.printable import cells, printable
 
 LONGEST_MESSAGE = 4000  # a recipe's errors are reported all at once
@@ -118,7 +118,7 @@ def warn(messages: Sequence[str]) -> None:
 
 def hint(checkpoints: Sequence[str]) -> None:
     """Say which of ``checkpoints`` need healing."""
-    from hysparse_cli.healed import hints
+    from hysparse_cli.files.healed import hints
 
     for line in hints(checkpoints):
         say(line)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hysparse_cli.calibrate.text import CalibrationText
 from hysparse_cli.evaluate.perplexity import token_losses
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.state import Variation
+from hysparse_cli.texts.calibration import CalibrationText
 
 OnProgress = Callable[[int, int], None]
 

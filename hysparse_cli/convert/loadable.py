@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hysparse_cli.checkpoint import has_tokenizer
 from hysparse_cli.errors import UnreadableInput
-from hysparse_cli.reading import read_json
+from hysparse_cli.files.checkpoint import has_tokenizer
+from hysparse_cli.files.reading import read_json
 
 GENERATION = "generation_config.json"
 _TOKENIZER = "tokenizer_config.json"
@@ -67,7 +67,7 @@ def _tokenizer(folder: Path, source: Path, *, with_code: bool) -> Any:
             raise UnreadableInput(f"{source / _TOKENIZER} holds no JSON object")
         if "auto_map" in settings and with_code:
             return None
-    from hysparse_cli.loading import load_tokenizer
+    from hysparse_cli.model.loading import load_tokenizer
 
     try:
         return load_tokenizer(folder)

@@ -4,17 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hysparse_cli.calibrate.text import CalibrationText, text_for
 from hysparse_cli.convert.ledger import Ledger, dense_losses, measure_ledger, put_tensors
 from hysparse_cli.convert.plan import Plan
 from hysparse_cli.convert.swaps import swap_in_place
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.families import family_of
-from hysparse_cli.init.aligned import aligned
-from hysparse_cli.init.copy import copy
-from hysparse_cli.init.start import Init, Start
-from hysparse_cli.loading import load_to_measure
+from hysparse_cli.model.loading import load_to_measure
 from hysparse_cli.model.modeling import make_sparse
+from hysparse_cli.start.aligned import aligned
+from hysparse_cli.start.copy import copy
+from hysparse_cli.start.result import Init, Start
+from hysparse_cli.texts.calibration import CalibrationText, text_for
 
 INITS: dict[str, Init] = {"copy": copy, "aligned": aligned}
 

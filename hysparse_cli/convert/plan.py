@@ -4,15 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hysparse_cli.checkpoint import Checkpoint
 from hysparse_cli.convert.swaps import exchanged
-from hysparse_cli.kv_cache import KvCache
+from hysparse_cli.files.checkpoint import Checkpoint
+from hysparse_cli.files.source import Source
 from hysparse_cli.model.config import HysparseSpec, NewTensor
+from hysparse_cli.model.kv_cache import KvCache
+from hysparse_cli.placement.budget import Fit
+from hysparse_cli.placement.result import Selection, Swaps
 from hysparse_cli.printable import printable
 from hysparse_cli.recipe import ConvertOptions
-from hysparse_cli.selection.fit import Fit
-from hysparse_cli.selection.result import Selection, Swaps
-from hysparse_cli.source import Source
 
 if TYPE_CHECKING:
     from hysparse_cli.convert.measure import Measured

@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli import __version__
-from hysparse_cli import layout as layouts
-from hysparse_cli.checkpoint import (
+from hysparse_cli import pattern as patterns
+from hysparse_cli.convert.card import model_card
+from hysparse_cli.convert.loadable import Loadable, check_loadable
+from hysparse_cli.convert.plan import Plan, contexts_up_to, readable
+from hysparse_cli.convert.positions import with_positions
+from hysparse_cli.convert.swaps import check_family, check_pairs, exchanged, renamed
+from hysparse_cli.errors import InvalidRecipe, UnreadableInput, UnsupportedModel
+from hysparse_cli.families import Family, check_rope, family_of
+from hysparse_cli.files.checkpoint import (
     FLOATS,
     INDEX,
     SINGLE,
@@ -27,18 +34,11 @@ from hysparse_cli.checkpoint import (
     read_config,
     side_files,
 )
-from hysparse_cli.config_json import without_switches
-from hysparse_cli.convert.loadable import Loadable, check_loadable
-from hysparse_cli.convert.model_card import model_card
-from hysparse_cli.convert.plan import Plan, contexts_up_to, readable
-from hysparse_cli.convert.positions import with_positions
-from hysparse_cli.convert.provenance import provenance
-from hysparse_cli.convert.swaps import check_family, check_pairs, exchanged, renamed
-from hysparse_cli.errors import InvalidRecipe, UnreadableInput, UnsupportedModel
-from hysparse_cli.families import Family, check_rope, family_of
-from hysparse_cli.foreign import check_code
-from hysparse_cli.kv_cache import KvCache, kv_cache_of
-from hysparse_cli.layout import Layout
+from hysparse_cli.files.config_json import without_switches
+from hysparse_cli.files.foreign import check_code
+from hysparse_cli.files.output import require_free_space, staged
+from hysparse_cli.files.provenance import provenance
+from hysparse_cli.files.source import Source
 from hysparse_cli.model.config import (
     HUB_SHIM,
     HUB_SHIM_NAME,
@@ -48,12 +48,12 @@ from hysparse_cli.model.config import (
     converted_config,
     new_tensors,
 )
+from hysparse_cli.model.kv_cache import KvCache, kv_cache_of
+from hysparse_cli.pattern import Pattern
+from hysparse_cli.placement.budget import Fit, most_full_layers
+from hysparse_cli.placement.result import Selection, Swaps
 from hysparse_cli.printable import printable
 from hysparse_cli.recipe import ConvertOptions, bytes_of, to_yaml
-from hysparse_cli.selection.fit import Fit, most_full_layers
-from hysparse_cli.selection.result import Selection, Swaps
-from hysparse_cli.source import Source
-from hysparse_cli.staging import require_free_space, staged
 
 DEFAULT_RATIO = "1:3"
 # what a pattern stands for once it is chosen, and what chose it
@@ -242,7 +242,7 @@ def _family(config: Mapping[str, Any], where: str, source: Source) -> Family:
 
 
 def _spec(
-    options: ConvertOptions, chosen: Layout, swapped: tuple[tuple[int, int], ...]
+    options: ConvertOptions, chosen: Pattern, swapped: tuple[tuple[int, int], ...]
 ) -> HysparseSpec:
     return HysparseSpec(
         pattern=chosen.pattern,
@@ -287,20 +287,20 @@ def _fit(
 
 def _layout(
     options: ConvertOptions, num_layers: int, fit: Fit | None, selection: Selection | None
-) -> Layout:
+) -> Pattern:
     last = options.last_layer_full
     if selection is not None:
-        chosen = Layout(selection.pattern)
+        chosen = Pattern(selection.pattern)
     elif fit is not None:
-        chosen = layouts.uniform(fit.num_full, num_layers)
+        chosen = patterns.uniform(fit.num_full, num_layers)
     elif options.pattern is not None:
-        chosen = layouts.from_pattern(options.pattern, num_layers)
+        chosen = patterns.from_pattern(options.pattern, num_layers)
     elif options.full_layers is not None:
-        chosen = layouts.from_full_layers(options.full_layers, num_layers, last_layer_full=last)
+        chosen = patterns.from_full_layers(options.full_layers, num_layers, last_layer_full=last)
     elif options.layout == "full" and options.ratio is None:
-        chosen = Layout(layouts.FULL * num_layers)
+        chosen = Pattern(patterns.FULL * num_layers)
     else:
-        chosen = layouts.from_ratio(
+        chosen = patterns.from_ratio(
             options.ratio or DEFAULT_RATIO, num_layers, last_layer_full=last
         )
     if options.layout == "full" and chosen.sparse_layers:

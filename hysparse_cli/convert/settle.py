@@ -5,8 +5,8 @@ from pathlib import Path
 
 from hysparse_cli.convert.plan import Plan
 from hysparse_cli.convert.run import plan
+from hysparse_cli.files.source import Source
 from hysparse_cli.recipe import ConvertOptions
-from hysparse_cli.source import Source
 
 
 def settled_plan(
@@ -27,13 +27,13 @@ def settled_plan(
     on_progress("reading headers", 0, 1)
     planned = plan(source, options)
     if options.measures:
-        from hysparse_cli.selection.run import select
+        from hysparse_cli.placement.run import select
 
         scores = Path(options.scores or out.with_name(f"{out.name}.scores.json"))
         selection = select(source, options, planned.spec.pattern, scores, on_progress)
         planned = plan(source, options, selection)
     if options.swap_attention == "auto":
-        from hysparse_cli.selection.run import choose_attention
+        from hysparse_cli.placement.run import choose_attention
 
         swaps = choose_attention(source, options, planned.spec, on_progress)
         planned = plan(source, options, planned.selection, swaps)

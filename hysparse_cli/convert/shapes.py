@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from logging import CRITICAL
 from typing import Any
 
-from hysparse_cli.checkpoint import FLOATS, Checkpoint, StoredTensor
 from hysparse_cli.errors import HysparseError, UnreadableInput
-from hysparse_cli.foreign import without_kernels
+from hysparse_cli.files.checkpoint import FLOATS, Checkpoint, StoredTensor
+from hysparse_cli.files.foreign import without_kernels
 from hysparse_cli.printable import printable, single_line
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")

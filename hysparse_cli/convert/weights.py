@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from hysparse_cli.checkpoint import SINGLE, StoredTensor
 from hysparse_cli.convert.plan import Plan
-from hysparse_cli.convert.shards import DTYPES, Piece, ShardWriter, pack
+from hysparse_cli.files.checkpoint import SINGLE, StoredTensor
+from hysparse_cli.files.output import sync
+from hysparse_cli.files.shards import DTYPES, Piece, ShardWriter, pack
 from hysparse_cli.recipe import bytes_of
-from hysparse_cli.staging import sync
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
-from hysparse_cli.evaluate.paired import Sample
 from hysparse_cli.evaluate.state import file_as_it_is
-from hysparse_cli.loading import Loaded
+from hysparse_cli.evaluate.statistics import Sample
+from hysparse_cli.model.loading import Loaded
 from hysparse_cli.recipe import EvalOptions
 
 RULER_TOKENS = 4096

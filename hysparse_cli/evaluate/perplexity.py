@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hysparse_cli.documents.pieces import encode
-from hysparse_cli.evaluate.paired import Sample
-from hysparse_cli.logits import hidden_states, logits_of
+from hysparse_cli.evaluate.statistics import Sample
+from hysparse_cli.model.logits import hidden_states, logits_of
+from hysparse_cli.texts.documents.pieces import encode
 
 LOGITS_AT_ONCE = 1 << 26
 POSITION_PARTS = 8

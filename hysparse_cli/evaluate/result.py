@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from hysparse_cli.documents import BadRows
-from hysparse_cli.evaluate.gates import Verdict, length_name
 from hysparse_cli.evaluate.harness import TaskScore
-from hysparse_cli.evaluate.paired import Difference, Sample, difference, finite
 from hysparse_cli.evaluate.perplexity import Loss
-from hysparse_cli.loading import short_names
+from hysparse_cli.evaluate.requirements import Verdict, length_name
+from hysparse_cli.evaluate.statistics import Difference, Sample, difference, finite
+from hysparse_cli.model.loading import short_names
 from hysparse_cli.recipe import EvalOptions
+from hysparse_cli.texts.documents import BadRows
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.devices import describe
-from hysparse_cli.documents import BadRows, read_documents
 from hysparse_cli.errors import InvalidRecipe
-from hysparse_cli.evaluate.gates import DENSE, Gate, judge, parse_gates
 from hysparse_cli.evaluate.harness import Harness
+from hysparse_cli.evaluate.requirements import DENSE, Gate, judge, parse_gates
 from hysparse_cli.evaluate.result import Evaluation, metric_names
 from hysparse_cli.evaluate.score import Progress, Scorer
 from hysparse_cli.evaluate.state import FINISHED, State
 from hysparse_cli.evaluate.texts import Texts
-from hysparse_cli.loading import resolve_device, short_names
+from hysparse_cli.files.checkpoint import open_checkpoint
+from hysparse_cli.files.output import keeping
+from hysparse_cli.files.source import locate
+from hysparse_cli.model.loading import resolve_device, short_names
 from hysparse_cli.recipe import EvalOptions
-from hysparse_cli.source import locate
-from hysparse_cli.staging import keeping
+from hysparse_cli.texts.documents import BadRows, read_documents
 
 
 def evaluate(

@@ -7,18 +7,18 @@ from typing import Any
 
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
-from hysparse_cli.evaluate.answers import count_correct, count_found
 from hysparse_cli.evaluate.harness import Harness, TaskScore
-from hysparse_cli.evaluate.paired import Sample
 from hysparse_cli.evaluate.perplexity import Loss, measure_loss
 from hysparse_cli.evaluate.result import CheckpointScores, Retrieval
-from hysparse_cli.evaluate.retrieval import Task
+from hysparse_cli.evaluate.scoring import count_correct, count_found
 from hysparse_cli.evaluate.state import Found, Key, State, file_as_it_is
+from hysparse_cli.evaluate.statistics import Sample
 from hysparse_cli.evaluate.texts import Texts
-from hysparse_cli.loading import Loaded, load
 from hysparse_cli.model.config import spec_of
+from hysparse_cli.model.loading import Loaded, load
 from hysparse_cli.recipe import EvalOptions
 from hysparse_cli.recipe.evaluate import FAMILIES
+from hysparse_cli.texts.facts import Task
 
 FORMAT = 2  # of what is kept: goes up when a measurement changes
 

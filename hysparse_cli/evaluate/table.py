@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from hysparse_cli.evaluate.gates import length_name
-from hysparse_cli.evaluate.paired import Difference, Sample, difference, mean_difference
+from hysparse_cli.evaluate.requirements import length_name
 from hysparse_cli.evaluate.result import CheckpointScores, Evaluation, task_difference
+from hysparse_cli.evaluate.statistics import Difference, Sample, difference, mean_difference
 
 if TYPE_CHECKING:
     from rich.console import Group

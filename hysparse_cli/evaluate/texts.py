@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hysparse_cli.evaluate.perplexity import Window, cut_windows
-from hysparse_cli.evaluate.retrieval import Context, Task, write_context
-from hysparse_cli.evaluate.ruler import Prompt, write_prompt
 from hysparse_cli.recipe import EvalOptions
 from hysparse_cli.recipe.evaluate import FAMILIES
+from hysparse_cli.texts.facts import Context, Task, write_context
+from hysparse_cli.texts.ruler import Prompt, write_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

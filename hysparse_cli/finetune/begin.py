@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.files.leftovers import recover
+from hysparse_cli.files.output import prepare_output
 from hysparse_cli.finetune.disk import disk_need, require_disk
 from hysparse_cli.finetune.identity import (
     Run,
@@ -27,9 +29,7 @@ from hysparse_cli.finetune.state import (
     remove_state,
     state_to_resume,
 )
-from hysparse_cli.leftovers import recover
 from hysparse_cli.recipe import FinetuneOptions
-from hysparse_cli.staging import prepare_output
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hysparse_cli.documents.pieces import PIECE_CHARACTERS, Piece, encode_piece
-from hysparse_cli.finetune.corpus import Corpus, Position, corpus_of
 from hysparse_cli.recipe import FinetuneOptions
+from hysparse_cli.texts.corpus import Corpus, Position, corpus_of
+from hysparse_cli.texts.documents.pieces import PIECE_CHARACTERS, Piece, encode_piece
 
 IGNORED = -100
 DOCUMENTS_AT_ONCE = 16  # a fast tokenizer reads them on all cores

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from hysparse_cli.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from hysparse_cli.errors import OutOfResources
+from hysparse_cli.files.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from hysparse_cli.finetune.lora import adapts_sparse_only
 from hysparse_cli.finetune.state import saved_state, state_folder
 from hysparse_cli.finetune.weights import NEW, attention_names, in_group

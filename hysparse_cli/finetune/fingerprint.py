@@ -11,11 +11,11 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import IO, Any
 
-from hysparse_cli.checkpoint import Checkpoint, Shard, open_checkpoint, side_files
-from hysparse_cli.convert.provenance import provenance
 from hysparse_cli.errors import reads
-from hysparse_cli.finetune.corpus import HUB
+from hysparse_cli.files.checkpoint import Checkpoint, Shard, open_checkpoint, side_files
+from hysparse_cli.files.provenance import provenance
 from hysparse_cli.recipe import FinetuneOptions
+from hysparse_cli.texts.corpus import HUB
 
 TENSOR_SAMPLE = 8 << 10  # bytes at the start, in the middle and at the end of each tensor
 WHOLE_BELOW = 10**9

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.files.source import locate
 from hysparse_cli.finetune.fingerprint import Fingerprint, of_checkpoint, of_data
 from hysparse_cli.processes import world_size
 from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.recipe.finetune import Stage
-from hysparse_cli.source import locate
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hysparse_cli.finetune.data import IGNORED, Row
 from hysparse_cli.finetune.part import Part, Processes
-from hysparse_cli.logits import logits_of
+from hysparse_cli.model.logits import logits_of
 
 CHUNK_LOGITS = 1 << 25  # logits of one chunk: 128 MiB in float32, a few times that while computed
 

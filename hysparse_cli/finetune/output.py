@@ -12,13 +12,13 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import GenerationConfig
 
-from hysparse_cli.checkpoint import copy_side_files
-from hysparse_cli.convert.model_card import UNTRAINED
+from hysparse_cli.convert.card import UNTRAINED
 from hysparse_cli.errors import HysparseError
+from hysparse_cli.files.checkpoint import copy_side_files
+from hysparse_cli.files.reading import read_json, read_yaml
 from hysparse_cli.finetune.lora import merged
 from hysparse_cli.finetune.result import SCHEMA, FinetuneResult
-from hysparse_cli.loading import load
-from hysparse_cli.reading import read_json, read_yaml
+from hysparse_cli.model.loading import load
 from hysparse_cli.recipe import FinetuneOptions, lasting, to_yaml
 from hysparse_cli.recipe.finetune import Stage
 

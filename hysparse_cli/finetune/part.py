@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hysparse_cli.finetune.data import IGNORED, Row
-from hysparse_cli.logits import hidden_states, layer_states
-from hysparse_cli.model.split import SPLIT, SplitRows
+from hysparse_cli.model.context_parallel import SPLIT, SplitRows
+from hysparse_cli.model.logits import hidden_states, layer_states
 
 Processes = dist.ProcessGroup | None  # that split their rows, this one among them
 

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hysparse_cli.documents import BadRows
 from hysparse_cli.finetune.identity import Run
+from hysparse_cli.texts.documents import BadRows
 
 SCHEMA = "hysparse.finetune/3"
 SHOWN_STEPS = 10

@@ -9,16 +9,17 @@ import torch
 
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.errors import Interrupted, InvalidRecipe
+from hysparse_cli.files.output import staged
+from hysparse_cli.files.source import locate
 from hysparse_cli.finetune.begin import Start, begin, inputs_of
-from hysparse_cli.finetune.corpus import Corpus, corpus_of
 from hysparse_cli.finetune.data import PackedRows
-from hysparse_cli.finetune.group import Group, joined
+from hysparse_cli.finetune.distributed import Group, joined
 from hysparse_cli.finetune.lock import locked
+from hysparse_cli.finetune.log import check_package, scalars
 from hysparse_cli.finetune.lora import add_adapters, check_peft
 from hysparse_cli.finetune.objectives import check_objectives
 from hysparse_cli.finetune.output import write_checkpoint
 from hysparse_cli.finetune.result import FinetuneResult, Progress
-from hysparse_cli.finetune.scalars import check_package, scalars
 from hysparse_cli.finetune.sequence import prepare_rows
 from hysparse_cli.finetune.sharding import sharded, whole
 from hysparse_cli.finetune.share import rows_of_step
@@ -30,11 +31,10 @@ from hysparse_cli.finetune.state import (
 )
 from hysparse_cli.finetune.trainer import Trainer
 from hysparse_cli.finetune.weights import select_trainable
-from hysparse_cli.loading import Loaded, load
+from hysparse_cli.model.loading import Loaded, load
 from hysparse_cli.processes import world_size
 from hysparse_cli.recipe import FinetuneOptions
-from hysparse_cli.source import locate
-from hysparse_cli.staging import staged
+from hysparse_cli.texts.corpus import Corpus, corpus_of
 
 
 def finetune(

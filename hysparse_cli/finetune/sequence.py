@@ -4,9 +4,9 @@ from typing import Any
 
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.families import family_of
-from hysparse_cli.kv_cache import kv_cache_of
 from hysparse_cli.model.config import spec_of
-from hysparse_cli.model.split import SPLIT
+from hysparse_cli.model.context_parallel import SPLIT
+from hysparse_cli.model.kv_cache import kv_cache_of
 
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 _SEES_OTHER_DOCUMENTS = ("gpt_oss",)  # transformers makes its mask without position_ids

@@ -14,18 +14,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hysparse_cli.finetune.data import Row
-from hysparse_cli.finetune.group import Group
+from hysparse_cli.finetune.distributed import Group
 from hysparse_cli.finetune.objectives import OBJECTIVES
 from hysparse_cli.finetune.part import Processes
 from hysparse_cli.finetune.weights import select_trainable
 from hysparse_cli.recipe.finetune import Stage
 
 
-class Healing(nn.Module):
+class ObjectiveModule(nn.Module):
     """A stage's objective as one module, which makes it FSDP2's root.
 
-    An objective calls the decoder and the head of a model by themselves (logits.py), so that the
-    model can't be the root: embeddings, the last norm and the head must be there for all of it.
+    An objective calls the decoder and the head of a model by themselves (model/logits.py), so that
+    the model can't be the root: embeddings, the last norm and the head must be there for all of it.
     ``processes`` are those that split their rows with this one.
     """
 
@@ -40,7 +40,9 @@ class Healing(nn.Module):
         return sums.total.clone(), torch.stack([part.detach() for part in sums])
 
 
-def sharded(model: Any, teacher: Any | None, trained: Iterable[str], group: Group) -> Healing:
+def sharded(
+    model: Any, teacher: Any | None, trained: Iterable[str], group: Group
+) -> ObjectiveModule:
     """Spread a model, and with several processes its teacher, over ``group``'s devices.
 
     A bfloat16 weight can't take a step below 1/256 of itself, so weights that are trained are
@@ -58,7 +60,7 @@ def sharded(model: Any, teacher: Any | None, trained: Iterable[str], group: Grou
     )
     names = set(trained)
     masters = {parameter for name, parameter in model.named_parameters() if name in names}
-    healing = Healing(model, teacher, group.sequence)
+    healing = ObjectiveModule(model, teacher, group.sequence)
     alone: set[nn.Parameter] = set()
     if teacher is not None and group.world_size == 1:
         alone = set(teacher.to(group.device).parameters())
@@ -71,7 +73,7 @@ def sharded(model: Any, teacher: Any | None, trained: Iterable[str], group: Grou
     return healing
 
 
-def train_only(healing: Healing, trainable: str) -> dict[str, nn.Parameter]:
+def train_only(healing: ObjectiveModule, trainable: str) -> dict[str, nn.Parameter]:
     """``select_trainable`` for a sharded model."""
     chosen = select_trainable(healing.model, trainable)
     for unit in (module for module in healing.modules() if isinstance(module, FSDPModule)):

@@ -28,12 +28,12 @@ from hysparse_cli.errors import (
     system_error,
     writes,
 )
-from hysparse_cli.finetune.group import Group
+from hysparse_cli.files.output import sync, sync_tree
+from hysparse_cli.finetune.distributed import Group
 from hysparse_cli.finetune.lock import LOCK
 from hysparse_cli.finetune.metadata import Reader
 from hysparse_cli.printable import printable, single_line
 from hysparse_cli.recipe import FinetuneOptions
-from hysparse_cli.staging import sync, sync_tree
 
 FORMAT = 3
 FACTS, _PARTIAL = "run.pt", "partial-"

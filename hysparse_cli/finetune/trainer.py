@@ -17,10 +17,10 @@ from transformers import get_wsd_schedule
 from hysparse_cli.errors import UnreadableInput
 from hysparse_cli.finetune.begin import Start
 from hysparse_cli.finetune.data import PackedRows, Row
-from hysparse_cli.finetune.group import Group
+from hysparse_cli.finetune.distributed import Group
 from hysparse_cli.finetune.losses import count_targets
 from hysparse_cli.finetune.result import Progress, Step
-from hysparse_cli.finetune.sharding import Healing, train_only
+from hysparse_cli.finetune.sharding import ObjectiveModule, train_only
 from hysparse_cli.finetune.share import own_batches, rows_of_step
 from hysparse_cli.finetune.state import read_facts, read_tensors, restore_rng, save_state
 from hysparse_cli.finetune.watchdog import Watchdog
@@ -40,7 +40,7 @@ class Trainer:
 
     def __init__(
         self,
-        healing: Healing,
+        healing: ObjectiveModule,
         trained: dict[str, nn.Parameter],
         rows: PackedRows,
         start: Start,

@@ -11,7 +11,7 @@ from hysparse_cli.model.config import HysparseSpec
 
 
 @dataclass(frozen=True)
-class Branches:
+class BranchStatistics:
     """Means over all queries and heads of a sparse layer, as it ran.
 
     gate_sparse, gate_window: the sigmoid gates; 1 and 0 where there is no SWA branch. sink_sparse,
@@ -73,5 +73,5 @@ class BranchSums:
         self.sums.append(of_slab)
         self.queries += len(slab.gates)
 
-    def branches(self) -> Branches:
-        return Branches(*(torch.stack(self.sums).sum(0) / self.queries).tolist())
+    def branches(self) -> BranchStatistics:
+        return BranchStatistics(*(torch.stack(self.sums).sum(0) / self.queries).tolist())

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hysparse_cli.inspect_topk.reading import Asked
-from hysparse_cli.logits import hidden_states, logits_of
 from hysparse_cli.model.config import HysparseSpec
+from hysparse_cli.model.logits import hidden_states, logits_of
 from hysparse_cli.model.state import Variation
 
 FULL, OWN_KEYS, AS_IT_IS = "full attention", "own keys", "as it is"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from hysparse_cli.errors import InvalidRecipe, writes
+from hysparse_cli.files.output import prepare_file, whole_file
+from hysparse_cli.files.replaceable import lies_in
 from hysparse_cli.inspect_topk.result import Inspection
 from hysparse_cli.printable import printable
 from hysparse_cli.recipe import InspectOptions
-from hysparse_cli.replaceable import lies_in
-from hysparse_cli.staging import prepare_file, whole_file
 
 MARK = "hysparse inspect-topk"
 _BEGINNING_BYTES = 4096

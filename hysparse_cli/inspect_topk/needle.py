@@ -36,7 +36,7 @@ class LayerNeedle:
     top_head_read: float | None
 
 
-class NeedleEye:
+class NeedleStatistics:
     """Watches one layer at the ``queries`` that look for ``blocks``."""
 
     def __init__(self, blocks: list[int], queries: list[int]):

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hysparse_cli.calibrate.text import calibration_text
-from hysparse_cli.documents import read_documents
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
-from hysparse_cli.evaluate.encoded import encode
 from hysparse_cli.recipe import InspectOptions
+from hysparse_cli.texts.calibration import calibration_text
+from hysparse_cli.texts.documents import read_documents
+from hysparse_cli.texts.encoded import encode
 
 CHARACTERS_OF_A_TOKEN = 16  # on average, at most: so much of a document is read for each
 

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hysparse_cli.inspect_topk.branches import Branches
+from hysparse_cli.files.rounding import rounded
+from hysparse_cli.inspect_topk.branches import BranchStatistics
 from hysparse_cli.inspect_topk.effects import Effect
 from hysparse_cli.inspect_topk.fit import Fit
 from hysparse_cli.inspect_topk.maps import Map
@@ -11,7 +12,6 @@ from hysparse_cli.inspect_topk.movement import LAGS, Movement
 from hysparse_cli.inspect_topk.needle import LayerNeedle
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.recipe import InspectOptions
-from hysparse_cli.rounding import rounded
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -50,7 +50,7 @@ class ServedLayer:
     server: int
     fit: Fit | None
     answer_fit: Fit | None
-    branches: Branches | None
+    branches: BranchStatistics | None
 
 
 @dataclass(frozen=True)

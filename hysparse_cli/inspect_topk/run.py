@@ -15,10 +15,10 @@ from hysparse_cli.inspect_topk.effects import (
     answer_in,
     measure_effects,
 )
-from hysparse_cli.inspect_topk.look import Seen, look
 from hysparse_cli.inspect_topk.maps import selection_maps
 from hysparse_cli.inspect_topk.movement import movements
 from hysparse_cli.inspect_topk.needle import blocks_of
+from hysparse_cli.inspect_topk.observe import Seen, look
 from hysparse_cli.inspect_topk.reading import Reading, read
 from hysparse_cli.inspect_topk.result import (
     FullLayer,
@@ -29,7 +29,7 @@ from hysparse_cli.inspect_topk.result import (
     ServedLayer,
 )
 from hysparse_cli.inspect_topk.subject import OnStage, Subject, load_subject
-from hysparse_cli.logits import hidden_states
+from hysparse_cli.model.logits import hidden_states
 from hysparse_cli.model.state import Variation
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from hysparse_cli.calibrate.text import text_for
-from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.convert.ledger import put_tensors
 from hysparse_cli.convert.measure import INITS
 from hysparse_cli.convert.plan import Plan
@@ -15,12 +13,14 @@ from hysparse_cli.convert.settle import settled_plan
 from hysparse_cli.convert.swaps import swap_in_place
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.families import family_of
+from hysparse_cli.files.checkpoint import open_checkpoint
+from hysparse_cli.files.source import locate
 from hysparse_cli.inspect_topk.blocks import Sizes
-from hysparse_cli.loading import load, load_to_measure
 from hysparse_cli.model.config import HysparseSpec, spec_of
+from hysparse_cli.model.loading import load, load_to_measure
 from hysparse_cli.model.modeling import make_sparse
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
-from hysparse_cli.source import locate
+from hysparse_cli.texts.calibration import text_for
 
 OnStage = Callable[[str, int, int], None]
 

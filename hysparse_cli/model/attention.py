@@ -28,7 +28,7 @@ from hysparse_kernels import (
 ATTENTION_NAME = "hysparse"
 
 
-class Branches(nn.Module):
+class GatesAndSinks(nn.Module):
     """What a sparse attention layer adds to the dense one: gates (eq. 8) and sink biases."""
 
     def __init__(self, num_heads: int, hidden_size: int, spec: HysparseSpec, own_sinks: bool):
@@ -56,7 +56,7 @@ class Branches(nn.Module):
 class _SparseAttention:
     """Mixed into a stock attention class to make it a sparse attention layer."""
 
-    hysparse: Branches
+    hysparse: GatesAndSinks
     layer_idx: int
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

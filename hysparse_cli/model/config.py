@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
-from hysparse_cli.layout import Layout
+from hysparse_cli.pattern import Pattern
 from hysparse_cli.printable import printable, single_line
 
 MODEL_TYPE = "hysparse"
@@ -40,7 +40,7 @@ SHIM_AUTO_MAP = {"AutoConfig": f"{HUB_SHIM_NAME.removesuffix('.py')}.HySparseCon
 class HysparseSpec:
     """What makes a checkpoint HySparse: the ``hysparse`` section of its config.json.
 
-    pattern: one letter a layer (layout.py). layout: "hysparse"; "hybrid-swa" has no block-sparse
+    pattern: one letter a layer (pattern.py). layout: "hysparse"; "hybrid-swa" has no block-sparse
     branch; "full" is the dense model. sparse_kv, window_kv: whose keys and values the block-sparse
     branch and the SWA branch read, the server's ("shared") or the layer's own; window_kv "none"
     leaves the SWA branch out, and the gates with it. What is not the default is an ablation of the
@@ -66,8 +66,8 @@ class HysparseSpec:
         check_switches(self.layout, self.sparse_kv, self.window_kv)
 
     @cached_property
-    def layers(self) -> Layout:
-        return Layout(self.pattern)
+    def layers(self) -> Pattern:
+        return Pattern(self.pattern)
 
     @property
     def top_k_blocks(self) -> int:
@@ -172,7 +172,7 @@ def spec_of(config: Any) -> HysparseSpec | None:
     try:
         # as JSON, whose lists are Python's tuples
         spec = _adapter().validate_json(json.dumps(section), strict=True)
-        Layout(spec.pattern)
+        Pattern(spec.pattern)
         return spec
     except InvalidRecipe as error:
         raise UnreadableInput(f"hysparse.pattern in config.json: {error}") from None

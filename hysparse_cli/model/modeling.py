@@ -24,7 +24,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hysparse_cli.families import family_of
-from hysparse_cli.model.attention import ATTENTION_NAME, Branches, hysparse_attention, sparse_class
+from hysparse_cli.model.attention import (
+    ATTENTION_NAME,
+    GatesAndSinks,
+    hysparse_attention,
+    sparse_class,
+)
 from hysparse_cli.model.config import HysparseSpec, spec_of
 from hysparse_cli.model.state import forward_state, padding_mask
 
@@ -91,16 +96,16 @@ class _HySparseModel:
             raise ValueError(_no_choice(config._attn_implementation))
         config._attn_implementation = ATTENTION_NAME
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if not any(isinstance(module, Branches) for module in self.modules()):  # type: ignore[attr-defined]
+        if not any(isinstance(module, GatesAndSinks) for module in self.modules()):  # type: ignore[attr-defined]
             install(self, spec)  # else its decoder was made by AutoModel, and has been
         self.post_init()  # type: ignore[attr-defined]
 
     def initialize_weights(self) -> None:
-        """The decoder is a model of its own, whose stock class does not know ``Branches``: they get
-        their values here, but for those that were loaded."""
+        """The decoder is a model of its own, whose stock class knows no ``GatesAndSinks``: those
+        that were not loaded get their values here."""
         super().initialize_weights()  # type: ignore[misc]
         for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, Branches):
+            if isinstance(module, GatesAndSinks):
                 module.reset_parameters()
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +123,7 @@ def install(model: Any, spec: HysparseSpec) -> None:
         attention: Any = decoder.get_submodule(path.format(layer=layer))
         stock: Any = type(attention)
         attention.__class__ = sparse_class(stock)
-        attention.hysparse = Branches(
+        attention.hysparse = GatesAndSinks(
             config.num_attention_heads,
             config.hidden_size,
             spec,
@@ -131,7 +136,7 @@ def make_sparse(model: Any, spec: HysparseSpec) -> None:
     """``install`` into a loaded dense model, with the new tensors at the values they start from."""
     install(model, spec)
     for module in model.modules():
-        if isinstance(module, Branches):
+        if isinstance(module, GatesAndSinks):
             module.reset_parameters()
             module.to(model.device, model.dtype)  # the whole model's buffers must stay float32
 
@@ -155,7 +160,9 @@ class StateHook:
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
         positions = kwargs.get("position_ids")
-        if (rows := kwargs.get("hysparse_rows")) is not None:  # split over processes: see split.py
+        if (
+            rows := kwargs.get("hysparse_rows")
+        ) is not None:  # split over processes: see context_parallel.py
             inputs = positions = rows.position_ids
         # generate with a static cache hands a dict of masks, which not every decoder takes
         kwargs["attention_mask"] = padding_mask(kwargs.get("attention_mask"))

@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.files.reading import parse_yaml, read_yaml
 from hysparse_cli.printable import printable
-from hysparse_cli.reading import parse_yaml, read_yaml
 from hysparse_cli.recipe.bench import BenchOptions, KernelBenchOptions
 from hysparse_cli.recipe.convert import ConvertOptions
 from hysparse_cli.recipe.evaluate import EvalOptions

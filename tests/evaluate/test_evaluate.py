@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hysparse_cli.documents import read_documents
-from hysparse_cli.evaluate.answers import count_correct
-from hysparse_cli.evaluate.paired import Sample
 from hysparse_cli.evaluate.perplexity import Window, cut_windows, measure_loss
-from hysparse_cli.evaluate.retrieval import Context
 from hysparse_cli.evaluate.run import evaluate
-from hysparse_cli.loading import load
-from hysparse_cli.logits import hidden_states, logits_of
+from hysparse_cli.evaluate.scoring import count_correct
+from hysparse_cli.evaluate.statistics import Sample
+from hysparse_cli.model.loading import load
+from hysparse_cli.model.logits import hidden_states, logits_of
 from hysparse_cli.recipe import EvalOptions
+from hysparse_cli.texts.documents import read_documents
+from hysparse_cli.texts.facts import Context
 from tests.conftest import Hysparse
 from tests.model.tiny import TINY, VOCAB_SIZE, dense_model
 

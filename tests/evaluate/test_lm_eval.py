@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hysparse_cli.evaluate.harness import scores_of
-from hysparse_cli.evaluate.paired import Sample
-from hysparse_cli.loading import load
+from hysparse_cli.evaluate.statistics import Sample
+from hysparse_cli.model.loading import load
 from tests.conftest import Hysparse
 from tests.evaluate.test_table import validate
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hysparse_cli.documents import BadRows
-from hysparse_cli.evaluate.gates import judge, parse_gates
 from hysparse_cli.evaluate.harness import TaskScore
-from hysparse_cli.evaluate.paired import Sample
 from hysparse_cli.evaluate.perplexity import Loss
+from hysparse_cli.evaluate.requirements import judge, parse_gates
 from hysparse_cli.evaluate.result import CheckpointScores, Evaluation, Retrieval, metric_names
+from hysparse_cli.evaluate.statistics import Sample
 from hysparse_cli.recipe import EvalOptions
+from hysparse_cli.texts.documents import BadRows
 from tests.conftest import Hysparse
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "schema" / "eval.json"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hysparse_cli.evaluate.perplexity import cut_windows
-from hysparse_cli.loading import load
+from hysparse_cli.model.loading import load
 from tests.conftest import Hysparse
 
 STORY = (

@@ -31,8 +31,8 @@ def converted(tiny_original: Path, tmp_path: Path) -> Convert:
 
     def make(**options: Any) -> Path:
         from hysparse_cli.convert.run import execute, plan
+        from hysparse_cli.files.source import locate
         from hysparse_cli.recipe import ConvertOptions
-        from hysparse_cli.source import locate
 
         small: dict[str, Any] = {
             "ratio": "1:2",

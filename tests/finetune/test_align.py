@@ -12,18 +12,18 @@ from transformers import AutoModelForCausalLM
 from hysparse_cli.convert.run import execute, plan
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.families import family_of
+from hysparse_cli.files.source import locate
 from hysparse_cli.finetune.align import align_sums
 from hysparse_cli.finetune.data import IGNORED
 from hysparse_cli.finetune.losses import count_targets
 from hysparse_cli.finetune.objectives import check_objectives
 from hysparse_cli.finetune.run import _checkpoint_activations
 from hysparse_cli.finetune.weights import select_trainable
-from hysparse_cli.loading import load
 from hysparse_cli.model.config import HysparseSpec, spec_of
+from hysparse_cli.model.loading import load
 from hysparse_cli.model.state import forward_state
 from hysparse_cli.recipe import ConvertOptions, FinetuneOptions
 from hysparse_cli.recipe.finetune import StageOptions
-from hysparse_cli.source import locate
 from tests.model.equivalences import SPEC, TOKENS, ids
 from tests.model.tiny import KINDS, dense_config, dense_model, hysparse_model
 

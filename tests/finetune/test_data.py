@@ -8,7 +8,7 @@ import torch
 
 from hysparse_cli.errors import UnreadableInput
 from hysparse_cli.finetune.data import IGNORED, PackedRows
-from hysparse_cli.loading import load_tokenizer
+from hysparse_cli.model.loading import load_tokenizer
 from hysparse_cli.recipe import FinetuneOptions
 
 

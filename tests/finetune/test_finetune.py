@@ -12,10 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from hysparse_cli.checkpoint import open_checkpoint
+from hysparse_cli.files.checkpoint import open_checkpoint
 from hysparse_cli.finetune import finetune
-from hysparse_cli.loading import load
 from hysparse_cli.model.config import spec_of
+from hysparse_cli.model.loading import load
 from hysparse_cli.recipe import FinetuneOptions, load_section
 from tests.conftest import Hysparse
 from tests.finetune.conftest import Convert

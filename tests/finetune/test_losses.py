@@ -10,7 +10,7 @@ from hysparse_cli.finetune import losses
 from hysparse_cli.finetune.data import IGNORED, PackedRows
 from hysparse_cli.finetune.losses import count_targets, distill_sums, next_token_sums
 from hysparse_cli.finetune.share import own_batches
-from hysparse_cli.loading import load
+from hysparse_cli.model.loading import load
 from hysparse_cli.recipe import FinetuneOptions
 from tests.finetune.conftest import Convert
 

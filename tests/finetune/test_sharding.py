@@ -9,13 +9,13 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from hysparse_cli.finetune.data import PackedRows, Row
-from hysparse_cli.finetune.group import Group, joined
+from hysparse_cli.finetune.distributed import Group, joined
 from hysparse_cli.finetune.objectives import OBJECTIVES
 from hysparse_cli.finetune.run import _checkpoint_activations
 from hysparse_cli.finetune.sharding import sharded, train_only, whole
 from hysparse_cli.finetune.share import own_batches
 from hysparse_cli.finetune.weights import select_trainable
-from hysparse_cli.loading import load
+from hysparse_cli.model.loading import load
 from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.recipe.finetune import Stage
 from tests.finetune.conftest import Convert

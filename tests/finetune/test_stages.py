@@ -11,11 +11,11 @@ import yaml
 from torch import Tensor
 from torch.nn import functional
 
-from hysparse_cli.checkpoint import open_checkpoint
+from hysparse_cli.files.checkpoint import open_checkpoint
 from hysparse_cli.finetune.data import IGNORED, PackedRows
 from hysparse_cli.finetune.losses import count_targets, distill_sums, next_token_sums
 from hysparse_cli.finetune.share import own_batches
-from hysparse_cli.loading import load
+from hysparse_cli.model.loading import load
 from hysparse_cli.recipe import FinetuneOptions, load_section
 from tests.conftest import Hysparse
 from tests.finetune.conftest import Convert

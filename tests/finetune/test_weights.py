@@ -4,7 +4,7 @@ import pytest
 
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.finetune.weights import decay_groups, select_trainable
-from hysparse_cli.loading import load
+from hysparse_cli.model.loading import load
 from tests.finetune.conftest import Convert
 
 

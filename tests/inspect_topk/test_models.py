@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hysparse_cli.inspect_topk import inspect_topk
-from hysparse_cli.inspect_topk.look import look
 from hysparse_cli.inspect_topk.maps import selection_maps
 from hysparse_cli.inspect_topk.movement import movements
+from hysparse_cli.inspect_topk.observe import look
 from hysparse_cli.inspect_topk.reading import Asked, Reading
 from hysparse_cli.inspect_topk.subject import Subject, load_subject
 from hysparse_cli.model.config import HysparseSpec
+from hysparse_cli.placement.overlap import QUERIES_PER_ROW, measure_overlap
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
-from hysparse_cli.selection.overlap import QUERIES_PER_ROW, measure_overlap
 from hysparse_kernels import block_sparse_attention, sliding_window_attention
 from tests.conftest import Hysparse
 from tests.model import tiny

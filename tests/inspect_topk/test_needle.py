@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hysparse_cli.calibrate.text import calibration_text
-from hysparse_cli.documents import read_documents
 from hysparse_cli.inspect_topk import inspect_topk
 from hysparse_cli.inspect_topk.reading import read
 from hysparse_cli.inspect_topk.result import Inspection
-from hysparse_cli.loading import load_tokenizer
 from hysparse_cli.model.config import HysparseSpec
+from hysparse_cli.model.loading import load_tokenizer
 from hysparse_cli.model.modeling import make_sparse
 from hysparse_cli.model.state import Variation
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
+from hysparse_cli.texts.calibration import calibration_text
+from hysparse_cli.texts.documents import read_documents
 from tests.conftest import TINY_WORDS, Hysparse
 from tests.model import tiny
 

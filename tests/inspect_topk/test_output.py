@@ -11,12 +11,12 @@ import jsonschema
 import numpy as np
 import pytest
 
-from hysparse_cli.evaluate.words import WORDS
 from hysparse_cli.inspect_topk.maps import Map, mean_map
 from hysparse_cli.inspect_topk.plot import BARS, as_figure
 from hysparse_cli.inspect_topk.run import inspect_topk
 from hysparse_cli.inspect_topk.table import FAINT, HIDDEN, NEVER, SHADES, shade
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
+from hysparse_cli.texts.words import WORDS
 from tests.conftest import Hysparse
 
 ROOT = Path(__file__).resolve().parents[2]

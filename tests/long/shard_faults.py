@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hysparse_cli.checkpoint import INDEX, SINGLE
+from hysparse_cli.files.checkpoint import INDEX, SINGLE
 from tests.long.case import DEEP, ESCAPES, LONG, Case, Damage
 
 

@@ -141,7 +141,7 @@ def _import_once() -> None:
     import hysparse_cli.cli
     import hysparse_cli.convert.run
     import hysparse_cli.convert.weights
-    import hysparse_cli.loading
+    import hysparse_cli.model.loading
     import hysparse_cli.model.modeling  # noqa: F401
     from hysparse_cli import progress
     from hysparse_cli.model.registration import config_class

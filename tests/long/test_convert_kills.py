@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hysparse_cli.checkpoint import open_checkpoint
 from hysparse_cli.convert.run import execute, plan
-from hysparse_cli.leftovers import recover
+from hysparse_cli.files.checkpoint import open_checkpoint
+from hysparse_cli.files.leftovers import recover
+from hysparse_cli.files.source import Source
 from hysparse_cli.recipe import ConvertOptions
-from hysparse_cli.source import Source
 from tests.started import Forked, start
 
 RUNS = 200

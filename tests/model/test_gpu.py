@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hysparse_cli.kv_cache import held_kv_bytes, kv_cache_of
+from hysparse_cli.model.kv_cache import held_kv_bytes, kv_cache_of
 from tests.model.equivalences import SPEC, ids, largest
 from tests.model.tiny import hysparse_model
 

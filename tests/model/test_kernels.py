@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_kernels import backends
-from tests.kernels.law import assert_lawful
+from tests.kernels.tolerance import assert_within_tolerance
 from tests.kernels.triton.conftest import where as where
 from tests.model.equivalences import ids
 from tests.model.tiny import hysparse_model
@@ -62,7 +62,7 @@ def test_logits(family: str, where: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for backend in ("triton", "reference"):
         monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, backend)
         columns.append(logits(a_model(family, torch.float32, where), x))
-    assert_lawful(*columns, truth, name=family)
+    assert_within_tolerance(*columns, truth, name=family)
 
 
 def test_gradients(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +82,8 @@ def test_gradients(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for ours, again, theirs, exact in zip(
         gradient(torch.float32), gradient(torch.float32, True), plain, truth, strict=True
     ):
-        assert_lawful(ours, theirs, exact, gradient=True)
-        assert_lawful(again, theirs, exact, gradient=True)
+        assert_within_tolerance(ours, theirs, exact, gradient=True)
+        assert_within_tolerance(again, theirs, exact, gradient=True)
 
 
 @pytest.mark.gpu

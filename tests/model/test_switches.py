@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hysparse_cli.errors import InvalidRecipe
-from hysparse_cli.kv_cache import held_kv_bytes, kv_cache_of
 from hysparse_cli.model.config import HysparseSpec, SparseKv, WindowKv
+from hysparse_cli.model.kv_cache import held_kv_bytes, kv_cache_of
 from hysparse_cli.model.state import Variation
 from hysparse_cli.recipe import ConvertOptions, load_section
 from tests.conftest import Hysparse

@@ -1,6 +1,6 @@
 """Whether a kernel is right, on a slice of the very inputs it is timed on.
 
-By the law of ``hysparse_kernels.law``.
+By the law of ``hysparse_kernels.tolerance``.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hysparse_kernels import KeyRange
 from hysparse_kernels.backends import run_by
-from hysparse_kernels.law import FACTOR, Error, judge
+from hysparse_kernels.tolerance import FACTOR, Error, judge
 
 CHECKED_QUERIES = 64
 CHECKED_SEQUENCES = 2

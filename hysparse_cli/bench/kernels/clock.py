@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hysparse_cli.bench.clock import timed
+from hysparse_cli.bench.timing import timed
 
 Run = Callable[[], Any]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from hysparse_cli.bench.kernels import operations, peers
 from hysparse_cli.bench.kernels.check import check_forward
 from hysparse_cli.bench.kernels.targets import CUDNN, FLASH
-from hysparse_cli.bench.kernels.work import Case, Maker, Peer, Shape, Work, forward_of, forward_run
+from hysparse_cli.bench.kernels.work import Case, Inputs, Peer, Shape, Work, forward_of, forward_run
 from hysparse_cli.recipe import KernelBenchOptions
 from hysparse_kernels import causal
 
@@ -19,12 +19,12 @@ APART_BYTES = 2**28
 
 def decode_cases(options: KernelBenchOptions, shape: Shape, device: torch.device) -> Iterator[Case]:
     """Both cases of one shape."""
-    maker = Maker(options, shape, device)
+    maker = Inputs(options, shape, device)
     for name, start in (("full + TopK", full), ("sparse layer", sparse_layer)):
         yield Case(f"decode, {name}", shape, "copy", partial(start, maker), in_graph=True)
 
 
-def full(maker: Maker) -> Work:
+def full(maker: Inputs) -> Work:
     """Full attention that selects, beside dense attention."""
     options, shape, seen = maker.options, maker.shape, maker.seen()
     q, caches = maker.by_query(1), _caches(maker)
@@ -49,7 +49,7 @@ def full(maker: Maker) -> Work:
     )
 
 
-def sparse_layer(maker: Maker) -> Work:
+def sparse_layer(maker: Inputs) -> Work:
     """A sparse layer over random lists, beside the dense attention that it replaces."""
     options, shape = maker.options, maker.shape
     q, window = maker.by_query(1), min(options.window_tokens, shape.keys)
@@ -82,14 +82,14 @@ def sparse_layer(maker: Maker) -> Work:
     )
 
 
-def _caches(maker: Maker) -> list[tuple[Tensor, Tensor]]:
+def _caches(maker: Inputs) -> list[tuple[Tensor, Tensor]]:
     """Keys and values, enough pairs that none is in the L2 cache when it is read again."""
     k, v = maker.by_key(2), maker.by_key(3)
     copies = APART_BYTES // (2 * k.nbytes) if maker.device.type == "cuda" else 0
     return [(k, v), *((k.clone(), v.clone()) for _ in range(copies))]
 
 
-def _lists(maker: Maker, seed: int) -> Tensor:
+def _lists(maker: Inputs, seed: int) -> Tensor:
     """(B, 1, G, K) drawn at random."""
     options, shape = maker.options, maker.shape
     num_blocks = -(-shape.keys // options.block_size)

@@ -18,7 +18,7 @@ from hysparse_cli.bench.kernels.targets import (
     UNSELECTED,
     XUNHAO_NSA,
 )
-from hysparse_cli.bench.kernels.work import Case, Maker, Peer, Shape, Work, peer_of, work_of
+from hysparse_cli.bench.kernels.work import Case, Inputs, Peer, Shape, Work, peer_of, work_of
 from hysparse_cli.recipe import KernelBenchOptions
 
 DIRECTIONS = ("forward", "backward")
@@ -30,7 +30,7 @@ def prefill_cases(
 ) -> Iterator[Case]:
     """The cases of one op and shape, forward and backward."""
     made = "real" if options.lists else "synthetic"
-    maker = Maker(options, shape, device)
+    maker = Inputs(options, shape, device)
     for direction in DIRECTIONS:
         if op == "full":
             yield Case(f"full + TopK {direction}", shape, "matmul", partial(full, maker, direction))
@@ -46,7 +46,7 @@ def prefill_cases(
                 yield Case(name, shape, "matmul", partial(block_sparse, maker, direction, kind))
 
 
-def full(maker: Maker, direction: str) -> Work:
+def full(maker: Inputs, direction: str) -> Work:
     """Full attention that selects, beside dense attention, itself without TopK, and torch.topk."""
     inputs, grad_out = _inputs(maker, direction)
     options, shape = maker.options, maker.shape
@@ -63,7 +63,7 @@ def full(maker: Maker, direction: str) -> Work:
     return work_of(operation, grad_out, pairs * shape.heads, beside)
 
 
-def block_sparse(maker: Maker, direction: str, kind: str) -> Work:
+def block_sparse(maker: Inputs, direction: str, kind: str) -> Work:
     """Block-sparse attention over lists of one kind, beside both NSA kernels and cuDNN's dense."""
     inputs, grad_out = _inputs(maker, direction)
     shape, size = maker.shape, maker.options.block_size
@@ -89,7 +89,7 @@ def block_sparse(maker: Maker, direction: str, kind: str) -> Work:
     return work_of(operation, grad_out, pairs, beside)
 
 
-def window(maker: Maker, direction: str) -> Work:
+def window(maker: Inputs, direction: str) -> Work:
     """Sliding window attention with sinks, beside fla's."""
     inputs, grad_out = _inputs(maker, direction)
     shape, tokens = maker.shape, maker.options.window_tokens
@@ -107,7 +107,7 @@ def window(maker: Maker, direction: str) -> Work:
     return work_of(operation, grad_out, _window_pairs(maker), beside)
 
 
-def sparse_layer(maker: Maker, direction: str, kind: str) -> Work:
+def sparse_layer(maker: Inputs, direction: str, kind: str) -> Work:
     """A sparse layer, beside the dense attention that it replaces."""
     inputs, grad_out = _inputs(maker, direction)
     options = maker.options
@@ -122,7 +122,7 @@ def sparse_layer(maker: Maker, direction: str, kind: str) -> Work:
     return work_of(operation, grad_out, pairs + _window_pairs(maker), beside)
 
 
-def _inputs(maker: Maker, direction: str) -> tuple[dict[str, Tensor], Tensor | None]:
+def _inputs(maker: Inputs, direction: str) -> tuple[dict[str, Tensor], Tensor | None]:
     inputs = {"q": maker.by_query(1), "k": maker.by_key(2), "v": maker.by_key(3)}
     return inputs, maker.by_query(4) if direction == "backward" else None
 
@@ -135,7 +135,7 @@ def _dense(shape: Shape, inputs: Tensors, grad_out: Tensor | None) -> list[Peer]
     ]
 
 
-def _lists(maker: Maker, kind: str) -> Tensor:
+def _lists(maker: Inputs, kind: str) -> Tensor:
     options, shape = maker.options, maker.shape
     sizes = (shape.keys, shape.kv_heads, options.top_k_blocks, options.block_size)
     if kind == "real":
@@ -144,12 +144,12 @@ def _lists(maker: Maker, kind: str) -> Tensor:
     return make(*sizes, maker.chance(8))
 
 
-def _window_pairs(maker: Maker) -> int:
+def _window_pairs(maker: Inputs) -> int:
     keys, tokens = maker.shape.keys, min(maker.options.window_tokens, maker.shape.keys)
     return maker.shape.heads * (tokens * keys - tokens * (tokens - 1) // 2)
 
 
-def _torch_topk(maker: Maker) -> list[Callable[[], object]]:
+def _torch_topk(maker: Inputs) -> list[Callable[[], object]]:
     options, shape = maker.options, maker.shape
     num_blocks = -(-shape.keys // options.block_size)
     sizes = (shape.keys, shape.kv_heads, num_blocks)

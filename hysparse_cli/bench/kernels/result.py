@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from hysparse_cli.bench.kernels.clock import Latency
 from hysparse_cli.bench.kernels.targets import Target, targets_of
 from hysparse_cli.bench.kernels.work import Shape
+from hysparse_cli.files.output import write_whole
 from hysparse_cli.recipe import KernelBenchOptions
-from hysparse_cli.staging import write_whole
-from hysparse_kernels.law import Error
+from hysparse_kernels.tolerance import Error
 
 if TYPE_CHECKING:
     from hysparse_cli.tables import Table

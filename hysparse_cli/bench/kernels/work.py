@@ -18,7 +18,7 @@ from hysparse_cli.bench.kernels.check import (
 from hysparse_cli.bench.kernels.clock import Run
 from hysparse_cli.recipe import KernelBenchOptions
 from hysparse_kernels import KeyRange, causal
-from hysparse_kernels.law import Error
+from hysparse_kernels.tolerance import Error
 
 BACKWARD_OVER_FORWARD = 2.5  # matrix multiplications: five, to two
 
@@ -80,7 +80,7 @@ class Case:
     in_graph: bool = False
 
 
-class Maker:
+class Inputs:
     """Makes inputs of one shape, standard normal, the same in every run."""
 
     def __init__(self, options: KernelBenchOptions, shape: Shape, device: torch.device):

@@ -11,7 +11,7 @@ from hysparse_kernels import KeyRange, reference
 from hysparse_kernels.triton.full.backward import full_backward
 from hysparse_kernels.triton.full.forward import full_forward
 from hysparse_kernels.triton.full.top_k import Maxima
-from tests.kernels.law import assert_lawful, plain_attention, visible_keys
+from tests.kernels.tolerance import assert_within_tolerance, plain_attention, visible_keys
 
 # NumPy warns where the interpreter turns a loop's bound, a tensor of one element, into an int.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -188,17 +188,19 @@ def test_outputs_and_scores(case: Case, dtype: torch.dtype, where: str) -> None:
     )
     plain = plain_attention(q, k, v, visible_keys(key_range, case.tokens), **options)
     plain_lse, plain_scores = plain_lse_and_scores(q, k, key_range, case, options["sinks"])
-    assert_lawful(out, plain, truth.out)
+    assert_within_tolerance(out, plain, truth.out)
     seen = truth.lse.isfinite()
     assert lse.isneginf().eq(~seen).all()
-    assert_lawful(lse[seen], plain_lse[seen], truth.lse[seen], name="lse")
+    assert_within_tolerance(lse[seen], plain_lse[seen], truth.lse[seen], name="lse")
     assert truth.block_scores is not None
     scores = scores_of(maxima, key_range, case)
-    assert_lawful(scores, plain_scores, truth.block_scores, name="scores")
+    assert_within_tolerance(scores, plain_scores, truth.block_scores, name="scores")
 
     alone, lse_alone, _ = forward(q, k, v, key_range, None, **options)
-    assert_lawful(alone, plain, truth.out, name="out without maxima")
-    assert_lawful(lse_alone[seen], plain_lse[seen], truth.lse[seen], name="lse without maxima")
+    assert_within_tolerance(alone, plain, truth.out, name="out without maxima")
+    assert_within_tolerance(
+        lse_alone[seen], plain_lse[seen], truth.lse[seen], name="lse without maxima"
+    )
 
 
 @in_all_cases
@@ -235,10 +237,12 @@ def test_gradients(case: Case, dtype: torch.dtype, where: str) -> None:
         for name, ours, theirs, true in zip("qkv", grads, narrow, wide, strict=True):
             assert ours.dtype == q.dtype
             assert theirs.grad is not None and true.grad is not None
-            assert_lawful(ours, theirs.grad, true.grad, gradient=True, name=f"d{name}")
+            assert_within_tolerance(ours, theirs.grad, true.grad, gradient=True, name=f"d{name}")
         if narrow_sinks is not None and wide_sinks is not None:
             assert narrow_sinks.grad is not None and wide_sinks.grad is not None
-            assert_lawful(d_sinks, narrow_sinks.grad, wide_sinks.grad, gradient=True, name="dsinks")
+            assert_within_tolerance(
+                d_sinks, narrow_sinks.grad, wide_sinks.grad, gradient=True, name="dsinks"
+            )
 
 
 def test_slabs_of_queries_make_the_whole(where: str) -> None:

@@ -10,7 +10,7 @@ from hysparse_kernels.triton.window.gates import (
     gated_sum_backward,
     gates_backward,
 )
-from tests.kernels.law import assert_lawful, truth_of
+from tests.kernels.tolerance import assert_within_tolerance, truth_of
 
 SHAPES = [(2, 7, 3, 16), (1, 33, 4, 80)]
 LARGE = [(1, 1, 8, 64), (1, 63, 8, 96), (1, 257, 8, 256), (2, 1023, 8, 128)]
@@ -43,7 +43,7 @@ def plain(o_sparse: Tensor, o_window: Tensor, gate_logits: Tensor) -> Tensor:
 
 def test_gated_sum(given: tuple[Tensor, ...]) -> None:
     _, *inputs = given
-    assert_lawful(gated_sum(*inputs), plain(*inputs), truth_of("gated_sum", *inputs))
+    assert_within_tolerance(gated_sum(*inputs), plain(*inputs), truth_of("gated_sum", *inputs))
 
 
 def test_gradients(given: tuple[Tensor, ...]) -> None:
@@ -55,7 +55,7 @@ def test_gradients(given: tuple[Tensor, ...]) -> None:
     names = ("d_o_sparse", "d_o_window", "d_gate_logits")
     ours = gated_sum_backward(d_out, *inputs)
     for name, a, b, c in zip(names, ours, theirs, wanted, strict=True):
-        assert_lawful(a, b, c, gradient=True, name=name)
+        assert_within_tolerance(a, b, c, gradient=True, name=name)
 
 
 def test_what_the_branches_need(given: tuple[Tensor, ...]) -> None:
@@ -64,16 +64,16 @@ def test_what_the_branches_need(given: tuple[Tensor, ...]) -> None:
     assert torch.equal(d_gate_logits, gated_sum_backward(d_out, *inputs)[2])
     for i in range(2):
         gate, d_gated = inputs[2][..., i].double().sigmoid(), d_out.double() * inputs[i].double()
-        assert_lawful(gates[i], gate.float(), gate)
+        assert_within_tolerance(gates[i], gate.float(), gate)
         in_float32 = gate.float() * (d_out.float() * inputs[i].float()).sum(-1)
-        assert_lawful(deltas[i], in_float32, gate * d_gated.sum(-1), gradient=True)
+        assert_within_tolerance(deltas[i], in_float32, gate * d_gated.sum(-1), gradient=True)
 
 
 def test_delta(given: tuple[Tensor, ...]) -> None:
     d_out, out, *_ = given
     in_float32 = (d_out.float() * out.float()).sum(-1)
     wanted = (d_out.double() * out.double()).sum(-1)
-    assert_lawful(delta(d_out, out), in_float32, wanted, gradient=True)
+    assert_within_tolerance(delta(d_out, out), in_float32, wanted, gradient=True)
 
 
 def test_strides_and_emptiness(where: str) -> None:

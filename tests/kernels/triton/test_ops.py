@@ -11,8 +11,8 @@ import hysparse_kernels as ops
 from hysparse_kernels import KeyRange, backends, causal, reference
 from hysparse_kernels.triton.ops import branches, full
 from hysparse_kernels.triton.ops import layer as whole_layer
-from tests.kernels.law import (
-    assert_lawful,
+from tests.kernels.tolerance import (
+    assert_within_tolerance,
     plain_attention,
     visible_blocks,
     visible_keys,
@@ -106,10 +106,10 @@ def test_a_sparse_layer_and_its_gradients(where: str, tokens: int, packed: bool)
     wide = tuple(x.double() for x in inputs)
     truth = gradients(lambda x: run(x, seen, block_idx, reference), wide, d_out)
     for name, a, b, c in zip(NAMES, ours, plain, truth, strict=True):
-        assert_lawful(a, b, c, gradient=name != "out", name=name)
+        assert_within_tolerance(a, b, c, gradient=name != "out", name=name)
     with torch.no_grad():
         inference = run(inputs, seen, block_idx, ops)
-    assert_lawful(inference, plain[0], truth[0])
+    assert_within_tolerance(inference, plain[0], truth[0])
 
 
 def test_full_attention_its_selection_and_its_gradients(where: str) -> None:
@@ -127,7 +127,7 @@ def test_full_attention_its_selection_and_its_gradients(where: str) -> None:
     assert result.block_idx is not None and exact.block_idx is not None
     assert result.block_idx.equal(exact.block_idx)
     assert not result.lse.requires_grad and not result.block_scores.requires_grad
-    assert_lawful(result.block_scores, theirs.block_scores, exact.block_scores)
+    assert_within_tolerance(result.block_scores, theirs.block_scores, exact.block_scores)
 
     def plain(x: tuple[Tensor, ...]) -> Tensor:
         return plain_attention(*x, visible_keys(seen, 37), scale=D**-0.5)
@@ -142,7 +142,7 @@ def test_full_attention_its_selection_and_its_gradients(where: str) -> None:
         gradients(plain, wide, d_out),
     )
     for name, a, b, c in zip(NAMES, *columns, strict=False):
-        assert_lawful(a, b, c, gradient=name != "out", name=name)
+        assert_within_tolerance(a, b, c, gradient=name != "out", name=name)
 
 
 def test_torch_library_finds_nothing_wrong(where: str) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import hysparse_kernels as ops
 from hysparse_kernels import KeyRange, backends, causal
-from tests.kernels.law import (
-    assert_lawful,
+from tests.kernels.tolerance import (
+    assert_within_tolerance,
     plain_attention,
     visible_blocks,
     visible_keys,
@@ -78,7 +78,7 @@ def check(op: Op, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, seen: KeyRange
         out = run(*leaves)
         columns.append((out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))))
     for name, ours, theirs, truth in zip(("out", "dq", "dk", "dv"), *columns, strict=True):
-        assert_lawful(ours, theirs, truth, gradient=name != "out", name=name)
+        assert_within_tolerance(ours, theirs, truth, gradient=name != "out", name=name)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -153,7 +153,7 @@ def test_more_elements_than_32_bits_count(op: Op) -> None:
     lists = lists.expand(1, tokens, 1, 3)
     out = op(q, k, k, lists, seen)[:, -last:]
     part = seen.slab(tokens - last, tokens)
-    assert_lawful(
+    assert_within_tolerance(
         out,
         plain_attention(
             q[:, -last:], k, k, visible(op, part, tokens, lists[:, -last:]), scale=128**-0.5

@@ -13,7 +13,7 @@ from hysparse_kernels.triton.sparse.backward import sparse_backward
 from hysparse_kernels.triton.sparse.forward import sparse_forward
 from hysparse_kernels.triton.sparse.pairs import Pairs, pairs_of
 from hysparse_kernels.triton.sparse.query_tiles import query_tiles
-from tests.kernels.law import assert_lawful, plain_attention, visible_blocks
+from tests.kernels.tolerance import assert_within_tolerance, plain_attention, visible_blocks
 
 # NumPy warns where the interpreter turns a loop's bound, a tensor of one element, into an int.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -169,11 +169,11 @@ def check_forward(
     )
     visible = visible_blocks(key_range, k.shape[1], block_idx, options["block_size"])
     rest = {name: options[name] for name in ("scale", "sinks", "softcap")}
-    assert_lawful(result.out, plain_attention(q, k, v, visible, **rest), truth.out)
+    assert_within_tolerance(result.out, plain_attention(q, k, v, visible, **rest), truth.out)
     plain = reference.block_sparse_attention(q, k, v, block_idx, key_range, **options)
     seen = truth.lse.isfinite()
     assert result.lse.isneginf().eq(~seen).all()
-    assert_lawful(result.lse[seen], plain.lse[seen], truth.lse[seen], name="lse")
+    assert_within_tolerance(result.lse[seen], plain.lse[seen], truth.lse[seen], name="lse")
 
 
 @pytest.mark.parametrize(("case", "dtype"), ALL)
@@ -211,10 +211,10 @@ def check_backward(case: Case, dtype: torch.dtype, where: str) -> None:
     for name, ours, theirs, true in zip("qkv", grads, narrow, wide, strict=True):
         assert ours.dtype == dtype
         assert theirs.grad is not None and true.grad is not None
-        assert_lawful(ours, theirs.grad, true.grad, gradient=True, name=f"d{name}")
+        assert_within_tolerance(ours, theirs.grad, true.grad, gradient=True, name=f"d{name}")
     if sinks is not None and wide_sinks is not None:
         assert sinks.grad is not None and wide_sinks.grad is not None and d_sinks is not None
-        assert_lawful(d_sinks, sinks.grad, wide_sinks.grad, gradient=True, name="dsinks")
+        assert_within_tolerance(d_sinks, sinks.grad, wide_sinks.grad, gradient=True, name="dsinks")
 
 
 def test_a_small_workspace_takes_several_passes(

@@ -13,7 +13,12 @@ from hysparse_kernels import KeyRange, causal
 from hysparse_kernels.triton.window.backward import window_backward
 from hysparse_kernels.triton.window.forward import window_forward
 from hysparse_kernels.triton.window.gates import delta
-from tests.kernels.law import assert_lawful, plain_attention, truth_of, visible_window
+from tests.kernels.tolerance import (
+    assert_within_tolerance,
+    plain_attention,
+    truth_of,
+    visible_window,
+)
 
 
 @dataclass(frozen=True)
@@ -146,13 +151,13 @@ def test_forward(given: tuple[Case, torch.dtype, str]) -> None:
     visible = visible_window(key_range, k.shape[1], case.window)
     plain = plain_attention(q, k, v, visible, **options)
     assert out is not None and gated is None
-    assert_lawful(out, plain, truth.out)
+    assert_within_tolerance(out, plain, truth.out)
     unseen = truth.lse.isneginf()
     assert torch.equal(lse.isneginf(), unseen)
     lse, plain, wanted = (
         x.masked_fill(unseen, 0.0) for x in (lse, _plain_lse(q, k, visible, **options), truth.lse)
     )
-    assert_lawful(lse, plain, wanted, name="lse")
+    assert_within_tolerance(lse, plain, wanted, name="lse")
 
 
 def _plain_lse(
@@ -200,11 +205,11 @@ def test_forward_with_gates(keep_out: bool, where: str) -> None:
     plain = plain_attention(q, k, v, visible, **options)
     assert (out is not None) == keep_out and gated is not None
     if out is not None:
-        assert_lawful(out, plain, truth.out)
+        assert_within_tolerance(out, plain, truth.out)
     gates = gate_logits.sigmoid()
     plain = gates[..., :1] * o_sparse + gates[..., 1:] * plain
     truth_gated = truth_of("gated_sum", o_sparse, truth.out, gate_logits)
-    assert_lawful(gated, plain, truth_gated, name="gated")
+    assert_within_tolerance(gated, plain, truth_gated, name="gated")
 
 
 def test_backward(given: tuple[Case, torch.dtype, str]) -> None:
@@ -262,7 +267,7 @@ def test_backward(given: tuple[Case, torch.dtype, str]) -> None:
         theirs[0] += dq_add
     for name, a, b, c in zip(("dq", "dk", "dv", "dsinks"), ours, theirs, wanted, strict=True):
         if a is not None:
-            assert_lawful(a, b, c, gradient=True, name=name)
+            assert_within_tolerance(a, b, c, gradient=True, name=name)
     assert (dsinks is None) == (sinks is None)
 
 

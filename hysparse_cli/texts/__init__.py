@@ -1,0 +1,1 @@
+"""Text to train, measure and evaluate on: read from files, or made up with planted facts."""
