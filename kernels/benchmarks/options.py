@@ -2,13 +2,12 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 OPS = ("full", "block-sparse", "window", "layer", "decode")
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -49,21 +48,17 @@ def parse(words: Sequence[str]) -> tuple[Options, Path | None, bool]:
 
     Raises: SystemExit with 2 where ``words`` make no sense, after one line on stderr.
     """
-    default, parser = Options(), _Parser("bench-kernels", description=__doc__)
-    add = parser.add_argument
-    add("--context", type=_tokens, default=default.context, help="such as 8k,32k")
-    add("--ops", type=_ops, default=default.ops, help=f"of {','.join(OPS)}")
-    add("--heads", type=_heads, default=default.heads, help="query and KV heads: 32/8,64/4")
-    for name in ("head_dim", "block_size", "top_k_tokens", "window_tokens", "measure_ms"):
-        add(f"--{name.replace('_', '-')}", type=_token, default=getattr(default, name))
-    add("--decode-batch", type=_tokens, default=default.decode_batch, help="such as 1,16")
-    add("--decode-context", type=_token, default=default.decode_context)
-    add("--lists", type=Path, help="a file of hysparse inspect-topk --lists; else made up")
-    add("--dtype", choices=DTYPES, default=default.dtype)
-    add("--device", choices=("cuda", "cpu"), default=default.device)
-    add("--seed", type=int, default=default.seed)
-    add("--output", type=Path, help="a folder for JSON and Markdown, written after each row")
-    add("--json", action="store_true", help="print JSON, not Markdown")
+    parser = _Parser(
+        "bench-kernels",
+        description="Times the attention ops beside other people's on one GPU, and checks them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, read, what in _FLAGS:
+        default = getattr(Options, name)
+        flag, metavar = f"--{name.replace('_', '-')}", name.rpartition("_")[2].upper()
+        parser.add_argument(flag, type=read, default=default, metavar=metavar, help=what)
+    parser.add_argument("--output", type=Path, help="a folder for JSON and Markdown, row by row")
+    parser.add_argument("--json", action="store_true", help="print JSON, not Markdown")
     given = vars(parser.parse_args(words))
     output, as_json = given.pop("output"), given.pop("json")
     options = Options(**given)
@@ -91,10 +86,7 @@ def _tokens(words: str) -> list[int]:
 
 
 def _ops(words: str) -> list[str]:
-    for word in words.split(","):
-        if word not in OPS:
-            raise argparse.ArgumentTypeError(f"{word!r} is unknown; known: {', '.join(OPS)}")
-    return words.split(",")
+    return [_one_of(*OPS)(word) for word in words.split(",")]
 
 
 def _heads(words: str) -> list[tuple[int, int]]:
@@ -108,3 +100,30 @@ def _heads(words: str) -> list[tuple[int, int]]:
             raise argparse.ArgumentTypeError(f"{word}: {kv_heads} does not divide {heads}")
         pairs.append((heads, kv_heads))
     return pairs
+
+
+def _one_of(*known: str) -> Callable[[str], str]:
+    def read(word: str) -> str:
+        if word not in known:
+            raise argparse.ArgumentTypeError(f"{word!r} is unknown; known: {', '.join(known)}")
+        return word
+
+    return read
+
+
+_FLAGS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
+    ("context", _tokens, "tokens of whole sequences, such as 8k,32k"),
+    ("ops", _ops, "some of them"),
+    ("heads", _heads, "query and KV heads, such as 32/8,64/4; decode takes the first"),
+    ("head_dim", _token, "of queries, keys and values"),
+    ("block_size", _token, "tokens in a block"),
+    ("top_k_tokens", _token, "that each query selects"),
+    ("window_tokens", _token, "of the sliding window"),
+    ("decode_batch", _tokens, "sequences at once, such as 1,16"),
+    ("decode_context", _token, "tokens in the cache"),
+    ("lists", Path, "a file of hysparse inspect-topk --lists; None makes lists up"),
+    ("measure_ms", _token, "about how long each measurement takes"),
+    ("dtype", _one_of("bfloat16", "float16", "float32"), "of inputs"),
+    ("device", _one_of("cuda", "cpu"), "cpu tries the reference out"),
+    ("seed", int, "of random inputs"),
+)
