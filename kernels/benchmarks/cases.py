@@ -132,7 +132,7 @@ def forward_of(operation: Operation) -> Run:
 
 
 def backward_run(function: Callable[[Tensors], Any], inputs: Tensors, grad_out: Tensor) -> Run:
-    """The backward alone of ``function``, whose forward is run here."""
+    """Only the backward of ``function``, whose forward is run here."""
     leaves = leaves_of(inputs)
     wanted = [x for x in leaves.values() if x.requires_grad]
     out = output_of(function(leaves))

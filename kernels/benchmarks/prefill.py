@@ -23,7 +23,7 @@ from hysparse_cli.bench import lists
 from hysparse_cli.bench.work import causal_pairs
 
 DIRECTIONS = ("forward", "backward")
-TOPK_BYTES = 2**31  # of scores; beyond, torch.topk alone is not worth its memory
+TOPK_BYTES = 2**31  # of scores; beyond, torch.topk by itself is not worth its memory
 
 
 def prefill_cases(op: str, options: Options, shape: Shape, device: torch.device) -> Iterator[Case]:
