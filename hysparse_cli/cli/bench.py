@@ -1,7 +1,7 @@
-"""``hysparse bench``: of a model beside its peers, or of the kernels alone."""
+"""``hysparse bench``: a model beside its peers."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,6 @@ from hysparse_cli.cli.shared import (
     TrustRemoteCode,
     given,
     given_path,
-    not_for,
     show,
     write,
 )
@@ -22,19 +21,12 @@ from hysparse_cli.errors import InvalidRecipe, QualityGateFailed
 from hysparse_cli.progress import stages
 
 FORMATS = ("table", "json", "csv", "md")
-OF_MODELS = (
-    *("config", "random_weights", "ratio", "pattern", "last_layer_full", "subjects", "against"),
-    *("phases", "batch", "decode_tokens", "warmup", "repeat", "gradient_checkpointing"),
-    "trust_remote_code",
-)
 
 
 def bench(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(
-            help="A folder or hub id; or kernels: the attention ops by themselves.", parser=given
-        ),
+        typer.Argument(help="A folder or hub id.", parser=given),
     ] = None,
     recipe: RecipeFile = None,
     assignments: Assignments = None,
@@ -70,7 +62,7 @@ def bench(
     ] = None,
     context: Annotated[
         str | None,
-        typer.Option(help="Lengths in tokens, such as 4k,32k.  [default: 512,2k; kernels: 8k,32k]"),
+        typer.Option(help="Lengths in tokens, such as 4k,32k.  [default: 512,2k]"),
     ] = None,
     batch: Annotated[
         str | None, typer.Option(help="Sequences at once, such as 1,16.  [default: 1]")
@@ -87,13 +79,10 @@ def bench(
     lists: Annotated[
         str | None,
         typer.Option(
-            help="Blocks that sparse layers read: own, local or a file of inspect-topk; kernels: a "
-            "file.  [default: own; kernels: made up]",
+            help="Blocks that sparse layers read: own, local or a file of inspect-topk.  "
+            "[default: own]",
             parser=given,
         ),
-    ] = None,
-    ops: Annotated[
-        str | None, typer.Option(help="kernels: full,block-sparse,window,layer,decode.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -112,7 +101,7 @@ def bench(
 ) -> None:
     """Measure memory and speed of a model beside its peers.
 
-    Memory, prefill, decode and training; or the attention kernels by themselves.
+    Memory, prefill, decode and training.
     """
     from hysparse_cli.recipe import (
         BenchOptions,
@@ -128,12 +117,6 @@ def bench(
         raise InvalidRecipe(f"--json and --format {format_} ask for two forms: give one of them")
     flags = locals() | {"context": token_counts("context", context), "against": against or None}
     format_ = "json" if as_json else format_
-    if checkpoint == "kernels":
-        if format_ == "csv":
-            raise InvalidRecipe("bench kernels has no csv: use --format table, json or md")
-        _kernels(flags, format_)
-        return
-    not_for("bench of a model", flags, "ops")
     flags["batch"] = integer_list("batch", batch)
     flags |= {"phases": name_list(phases), "subjects": name_list(subjects)}
     options = load_section(BenchOptions, recipe, assignments, flags)
@@ -146,31 +129,6 @@ def bench(
     else:
         show(result, as_json=format_ == "json")
     _fail(result.failures())
-
-
-def _kernels(flags: dict[str, Any], format_: str) -> None:
-    from hysparse_cli.bench.kernels.run import bench_kernels
-    from hysparse_cli.files.results import prepare_results
-    from hysparse_cli.recipe import KernelBenchOptions, load_section, name_list
-
-    not_for("bench kernels", flags, *OF_MODELS)
-    flags["ops"] = name_list(flags["ops"])
-    options = load_section(KernelBenchOptions, flags["recipe"], flags["assignments"], flags)
-    output: Path | None = flags["output"]
-    if output is not None:
-        prepare_results(output, "kernels.json", "hysparse.bench-kernels/", ["kernels.md"])
-
-    def keep(so_far: Any) -> None:
-        if output is not None:
-            so_far.write(output)
-
-    with stages() as advance:
-        found = bench_kernels(options, advance, keep)
-    if format_ == "md":
-        write(found.markdown())
-    else:
-        show(found, as_json=format_ == "json")
-    _fail(found.failures())
 
 
 def _fail(failures: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The ops as they are timed: a call by whatever backend is chosen, and the same in eager torch."""
+"""Makes the ops as they are timed: called by the chosen backend, and the same in eager torch."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import hysparse_kernels as ops
-from hysparse_cli.bench.kernels.check import Operation, Tensors
+from benchmarks.check import Operation, Tensors
 from hysparse_kernels import KeyRange
 
 

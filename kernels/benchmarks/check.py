@@ -1,4 +1,4 @@
-"""Whether a kernel is right, on a slice of the very inputs it is timed on.
+"""Checks a kernel on a slice of the very inputs it is timed on.
 
 By the law of ``hysparse_kernels.tolerance``.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hysparse_cli.bench.selection import scores_of, shortfall
 from hysparse_kernels import KeyRange
 from hysparse_kernels.backends import run_by
 from hysparse_kernels.tolerance import FACTOR, Error, judge
@@ -137,19 +138,6 @@ def _plain_scores(q: Tensor, k: Tensor, seen: KeyRange, block_size: int) -> Tens
     weights = logits.softmax(-1, dtype=torch.float32).amax(3)
     padded = torch.nn.functional.pad(weights, (0, -keys % block_size))
     return padded.reshape(*padded.shape[:-1], -1, block_size).amax(-1)
-
-
-def shortfall(found: Tensor, best: Tensor) -> float:
-    """The largest part by which ``found`` differs from ``best``, descending float64 scores."""
-    return float(((found - best) / best.clamp(min=torch.finfo(best.dtype).tiny)).abs().max())
-
-
-def scores_of(block_idx: Tensor, scores: Tensor) -> Tensor:
-    """The scores of these blocks, descending; 0 for a pad or what is no block."""
-    num_blocks = scores.shape[-1]
-    found = scores.gather(-1, block_idx.long().clamp(0, num_blocks - 1))
-    none = (block_idx < 0) | (block_idx >= num_blocks)
-    return found.masked_fill(none, 0).sort(dim=-1, descending=True).values
 
 
 def _wide(inputs: Tensors) -> dict[str, Tensor]:
