@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from hysparse_cli import __version__, processes
-from hysparse_cli.cli import bench, convert, evaluate, finetune, generate, inspect_topk
+from hysparse_cli.cli import bench, convert, doctor, evaluate, finetune, generate, inspect_topk
 from hysparse_cli.cli.options import Command
 from hysparse_cli.cli.shared import LONGEST_MESSAGE, AlreadySaid, say
 from hysparse_cli.errors import (
@@ -46,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate.generate,
     "bench": bench.bench,
     "inspect-topk": inspect_topk.inspect_topk,
+    "doctor": doctor.doctor,
 }
 
 

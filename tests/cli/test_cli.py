@@ -12,7 +12,7 @@ from hysparse_cli.progress import progress
 from tests.conftest import Hysparse
 
 HELP_SECONDS = 0.35
-COMMANDS = ("convert", "eval", "finetune", "generate", "bench", "inspect-topk")
+COMMANDS = ("convert", "eval", "finetune", "generate", "bench", "inspect-topk", "doctor")
 COMMAND = [sys.executable, "-c", "from hysparse_cli.cli import main; main()"]
 
 
