@@ -98,10 +98,12 @@ def integer(text: str) -> int:
     return int(text)
 
 
-def _tokens(text: str) -> int:
-    found = re.fullmatch(r"([+-]?[0-9]{1,9})([kK]?)", text.strip())
+def _tokens(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([+-]?[0-9]{1,9})([kK]?)", value.strip())
     if not found:
-        raise ValueError("not a number of tokens such as 512 or 8k")
+        raise ValueError("not one length such as 512 or 8k")
     return int(found[1]) * (1024 if found[2] else 1)
 
 
@@ -125,7 +127,7 @@ Ratio = Annotated[str, Text("1:N")]
 Size = Annotated[str, Text("size"), BeforeValidator(_size)]
 Count = Annotated[int, Text("int", integer), Field(ge=0)]
 Positive = Annotated[int, Text("int", integer), Field(gt=0, lt=2**31)]
-Tokens = Annotated[int, Text("tokens", _tokens), Field(gt=0, lt=2**31)]
+Tokens = Annotated[int, Text("tokens"), BeforeValidator(_tokens), Field(gt=0, lt=2**31)]
 SeveralTokens = Annotated[Tokens, Field(gt=1)]
 Real = Annotated[float, Text("number", _number), Field(allow_inf_nan=False)]
 Fraction = Annotated[Real, Field(ge=0, le=1)]

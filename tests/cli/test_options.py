@@ -38,7 +38,6 @@ def test_every_section_has_its_command() -> None:
     [
         (("convert", "m", "out", "--block-size", "x"), "'x': not a whole number such as 64"),
         (("convert", "m", "out", "--rope-theta", "x"), "'x': not a number such as 0.1"),
-        (("eval", "m", "--sequence-tokens", "8m"), "'8m': not a number of tokens such as 512"),
         (("bench", "m", "--against", "b", "--against", " "), "it is empty"),
     ],
 )
@@ -50,10 +49,21 @@ def test_text_that_is_no_such_value_is_wrong_usage(
 
 
 def test_wrong_flags_are_all_said_at_once(hysparse: Hysparse) -> None:
-    flags = ("--layout", "flat", "--fit", "much", "--swap-attention", "1", "--full-layers", "0,x")
+    flags = (
+        "--layout",
+        "flat",
+        "--fit",
+        "much",
+        "--swap-attention",
+        "1",
+        "--full-layers",
+        "0,x",
+        "--context",
+        "8m",
+    )
     run = hysparse("convert", "m", "out", *flags)
     assert run.exit_code == 3 and run.stderr.count("\n") == 1
-    for field in ("layout", "fit", "swap_attention", "full_layers.1"):
+    for field in ("layout", "fit", "swap_attention", "full_layers.1", "context"):
         assert f"convert.{field}: " in run.stderr
 
 

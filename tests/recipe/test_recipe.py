@@ -208,7 +208,14 @@ def test_sizes() -> None:
 WRITTEN = [
     (ConvertOptions, "full_layers", ("0,4,8", "0, 4,8", "[0, 4, 8]"), [0, 4, 8], "0,x", "number"),
     (ConvertOptions, "block_size", ("32", "'32'"), 32, "8k", "not a whole number such as 64"),
-    (ConvertOptions, "calibration_tokens", ("8k", "8192", "8K"), 8192, "8m", "such as 512 or 8k"),
+    (
+        ConvertOptions,
+        "calibration_tokens",
+        ("8k", "8192", "8K"),
+        8192,
+        "8m",
+        "not one length such as 512 or 8k",
+    ),
     (ConvertOptions, "ratio", ("1:3", "'1:3'"), "1:3", "[1]", "valid string"),
     (ConvertOptions, "fit", ("24GiB", "'24GiB'"), "24GiB", "24 apples", "such as 5GB, 500MB"),
     (ConvertOptions, "max_shard_size", ("5000000",), "5000000", "0", "not a size"),
