@@ -144,7 +144,7 @@ def test_every_readme_command_parses(command: list[str]) -> None:
     group = get_command(app)
     known = {
         option
-        for parameter in group.commands[name].params  # type: ignore[attr-defined]
+        for parameter in group.commands[name].made.params  # type: ignore[attr-defined]
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     assert [word for word in words if word.startswith("--") and word not in known] == []
