@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hysparse_cli.model.config import LayoutName, SparseKv, WindowKv, check_switches
+from hysparse_cli.model.config import SparseKv, WindowKv, check_switches
+from hysparse_cli.model.kinds import LayoutName
 from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Real, Section, Seed, Size
 
 Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
