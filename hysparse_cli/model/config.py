@@ -84,11 +84,6 @@ class HysparseSpec:
         return self.kind.selects
 
     @property
-    def num_branches(self) -> int:
-        """Attention branches of a sparse layer: block-sparse and SWA, or one of them alone."""
-        return len(self.kind.branches)
-
-    @property
     def layer_types(self) -> list[str]:
         """transformers' name for what each layer's cache keeps: all tokens, or a window of them."""
         sparse = "full_attention" if self.kind.caches_all(self) else "sliding_attention"
@@ -142,8 +137,8 @@ def new_tensors(
         rows = spec.kind.gate.logits_per_head * num_heads
         tensors["hysparse.gate.weight"] = NewTensor((rows, hidden_size), 0.0)
         tensors["hysparse.gate.bias"] = NewTensor((rows,), 0.0)
-    start = 0.0 if own_sinks else SINK_OFF
-    return tensors | {"hysparse.sinks": NewTensor((num_heads, spec.num_branches), start)}
+    sinks = NewTensor((num_heads, len(spec.kind.branches)), 0.0 if own_sinks else SINK_OFF)
+    return tensors | {"hysparse.sinks": sinks}
 
 
 def converted_config(base: dict[str, Any], spec: HysparseSpec) -> dict[str, Any]:
