@@ -87,11 +87,11 @@ def test_sparse_layers_of_layout_full_are_full() -> None:
 @GATE_ROWS
 def test_the_logits_of_weights_give_them_back(name: str) -> None:
     gate = GATES[name]
-    weights = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0)) * 0.98 + 0.01
-    logits = gate.logits(weights, 0.0)
-    assert logits.shape == (3, 5, gate.logits_per_head)
-    torch.testing.assert_close(gate.weights(logits), weights)
-    edges = torch.tensor([0.0, 1.0])
+    given = torch.randn(3, 5, gate.logits_per_head, generator=torch.Generator().manual_seed(0))
+    weights = gate.weights(given)
+    assert weights.shape == (3, 5, 2)
+    torch.testing.assert_close(gate.weights(gate.logits(weights, 0.0)), weights)
+    edges = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
     assert gate.logits(edges, 1e-6).isfinite().all()
 
 
