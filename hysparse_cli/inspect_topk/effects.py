@@ -11,7 +11,7 @@ from torch import Tensor
 from hysparse_cli.inspect_topk.reading import Asked
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.logits import hidden_states, logits_of
-from hysparse_cli.model.state import Variation
+from hysparse_cli.model.state import ForwardOptions, Variation
 
 FULL, OWN_KEYS, AS_IT_IS = "full attention", "own keys", "as it is"
 OnProgress = Callable[[int, int], None]
@@ -80,7 +80,7 @@ def measure_effects(
     for i, (name, variation) in enumerate(forwards):
         on_progress(i, len(forwards))
         with torch.no_grad():
-            hidden = hidden_states(model, input_ids, hysparse_variation=variation)
+            hidden = hidden_states(model, input_ids, hysparse=ForwardOptions(variation=variation))
         answer = answer_in(model, tokenizer, ids, asked, hidden)
         effects.append(Effect(name, sorted(variation.forced_blocks), *answer))
     on_progress(len(forwards), len(forwards))

@@ -30,7 +30,7 @@ from hysparse_cli.inspect_topk.result import (
 )
 from hysparse_cli.inspect_topk.subject import OnStage, Subject, load_subject
 from hysparse_cli.model.logits import hidden_states
-from hysparse_cli.model.state import Variation
+from hysparse_cli.model.state import ForwardOptions, Variation
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
 
 
@@ -106,9 +106,9 @@ def _needle(
     model, tokenizer, spec = subject.model, subject.tokenizer, subject.spec
     blocks = blocks_of(asked.needle, spec.block_size)
     if subject.plan is None:
-        everywhere = Variation(spec, frozenset(), learned=True)
+        everywhere = ForwardOptions(variation=Variation(spec, frozenset(), learned=True))
         input_ids = torch.tensor([ids], device=model.device)
-        hidden = hidden_states(model, input_ids, hysparse_variation=everywhere)
+        hidden = hidden_states(model, input_ids, hysparse=everywhere)
     in_full = Effect(FULL, [], *answer_in(model, tokenizer, ids, asked, hidden))
     if subject.plan is not None:
         subject.convert_in_memory(on_stage)
