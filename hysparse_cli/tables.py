@@ -1,4 +1,4 @@
-"""Tables that lose nothing in a narrow terminal."""
+"""Draws tables that lose nothing in a narrow terminal."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +15,10 @@ class Table(rich_table.Table):
     """A rich table; where the terminal is too narrow for its figures, a paragraph for each row."""
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        for column in self.columns:
+            if column.no_wrap:  # rich measures the longest word, and would cut the others
+                lines = "\n".join(map(str, (column.header, *column.cells))).split("\n")
+                column.min_width = max(map(cell_len, lines))
         anywhere = options.update_width(_ANY_WIDTH)
         if Measurement.get(console, anywhere, self).minimum <= options.max_width:
             yield from super().__rich_console__(console, options)
