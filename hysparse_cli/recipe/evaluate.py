@@ -1,23 +1,17 @@
 """Options of ``hysparse eval``."""
 
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Section, Seed
+from hysparse_cli.texts.facts import FORMS
+from hysparse_cli.texts.ruler import RULER_FORMS
 
-Form = Literal["magic-number", "secret", "key-value", "recall"]
-Family = Literal[
-    "single-needle",
-    "multi-key",
-    "multi-value",
-    "multi-query",
-    "variable-tracking",
-    "common-words",
-    "frequent-words",
-]
-FORMS: tuple[Form, ...] = get_args(Form)
-FAMILIES: tuple[Family, ...] = get_args(Family)
+if TYPE_CHECKING:
+    RetrievalForm = str
+else:
+    RetrievalForm = Literal[(*FORMS, *RULER_FORMS)]
 RULER = "ruler"
 
 
@@ -38,7 +32,7 @@ class EvalOptions(Section):
     max_tokens: Positive | None = None
     batch_size: Positive = 1
     retrieval_tokens: list[Positive] = []
-    retrieval_forms: Annotated[list[Literal[Form, Family]], Field(min_length=1)] = [*FORMS]
+    retrieval_forms: Annotated[list[RetrievalForm], Field(min_length=1)] = [*FORMS]
     retrieval_samples: Positive = 10
     retrieval_facts: Positive = 8
     retrieval_questions: Positive = 4
@@ -54,10 +48,10 @@ class EvalOptions(Section):
 
     @field_validator("retrieval_forms", mode="before")
     @classmethod
-    def _ruler_names_its_families(cls, forms: Any) -> Any:
+    def _ruler_names_its_forms(cls, forms: Any) -> Any:
         if not isinstance(forms, list):
             return forms
-        named = [name for form in forms for name in (FAMILIES if form == RULER else (form,))]
+        named = [name for form in forms for name in (RULER_FORMS if form == RULER else (form,))]
         return [name for place, name in enumerate(named) if name not in named[:place]]
 
     @model_validator(mode="after")
