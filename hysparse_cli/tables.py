@@ -31,7 +31,7 @@ class Table(rich_table.Table):
             yield Text(str(self.caption), style="italic")
 
     def _paragraphs(self, width: int) -> Iterator[str]:
-        """``header cell; header cell``, wrapped between cells where they fit a line."""
+        """``header cell; header cell``, wrapped between cells, or between words of a long one."""
         headers = [" ".join(str(column.header).split()) for column in self.columns]
         for cells in zip(*(column.cells for column in self.columns), strict=True):
             words = [" ".join(str(cell).split()) for cell in cells]
@@ -41,5 +41,8 @@ class Table(rich_table.Table):
                 part += ";" if i < len(said) - 1 else ""
                 if lines[-1].strip() and cell_len(f"{lines[-1]} {part}") > width:
                     lines.append("  ")
-                lines[-1] += part if not lines[-1].strip() else f" {part}"
+                for word in part.split():
+                    if lines[-1].strip() and cell_len(f"{lines[-1]} {word}") > width:
+                        lines.append("  ")
+                    lines[-1] += word if not lines[-1].strip() else f" {word}"
             yield "\n".join(lines)

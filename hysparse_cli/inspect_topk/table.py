@@ -141,9 +141,9 @@ def _verdict(found: Inspection, needle: Needle) -> str:
     return (
         f"Needle {what!r} is {verdict}: {said} {_answer(dense)} with full attention, "
         f"{_answer(before)} with {how}, {_answer(forced)} with the needle forced into the "
-        f"selections. Sparse layer {reader.layer} looks for it most ({reader.top_head_mass:.0%} of "
-        f"a head on block {block}); {_mean([reader.selected_for_top_head])} of that head's lists "
-        "have it."
+        f"selections. Sparse layer {reader.layer} looks for it most: {reader.top_head_mass:.0%} of "
+        f"one head's attention is on block {block}, and {_mean([reader.selected_for_top_head])} of "
+        "that head's lists have it."
     )
 
 

@@ -123,6 +123,25 @@ def test_nothing_is_cut_at_80_columns() -> None:
     assert "…" not in shown and "1.32e+09" in shown
 
 
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_every_row_keeps_its_role_and_figures_at_any_width(width: int) -> None:
+    evaluation = _evaluation(0, 0.1, 0.02)
+    shown = _shown(evaluation, width)
+    assert max(map(len, shown.splitlines())) <= width and "…" not in shown
+    text = " ".join(shown.split())
+    for role in ("loss", "perplexity", "loss at 1-13", "recall@8k", "retrieval@8k", "mmlu acc"):
+        assert role in text
+    assert all(f"{require} " in text.replace(";", "") for require in evaluation.options.require)
+    for score in evaluation.scores:
+        assert score.loss is not None
+        assert f"{score.loss.nats_per_token:.4f}" in text and f"{score.loss.perplexity:.2f}" in text
+        assert all(f"{cell.accuracy:.1%}" in text for cell in score.retrieval)
+    assert "+0.1500 ±0.0447" in text and "holds" in text and "fails" in text
+    assert "model-1" in text and "hysparse FSSF" in text
+    rows = shown.partition("Evaluation\n")[2].partition("± 95%")[0].splitlines()
+    assert all(row.startswith((" ", *"lprm")) for row in rows if row), "only rows begin at the left"
+
+
 def test_the_table_stays_as_it_is() -> None:
     assert _shown(_evaluation(0, 0.1, 0.02), 80) == THREE_MODELS
 
