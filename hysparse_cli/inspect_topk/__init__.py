@@ -1,4 +1,4 @@
-"""``hysparse inspect-topk``: what full layers select, and how that fits the layers they serve."""
+"""Inspects what full layers select, and how well that serves the sparse layers."""
 
 from hysparse_cli.inspect_topk.files import check_files, write_files
 from hysparse_cli.inspect_topk.run import inspect_topk
