@@ -33,7 +33,7 @@ def as_table(found: Inspection) -> "Group":
     from rich.text import Text
 
     parts: list[Table | Text] = [Text(_headline(found)), Text()]
-    if any(layer.fit is not None for layer in found.served_layers):
+    if _fits(found.served_layers):
         parts += [_full_layers(found), Text()]
         parts += [Text(_meaning(found), style="italic"), Text()]
     else:
@@ -60,61 +60,66 @@ def _full_layers(found: Inspection) -> "Table":
 
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     names = ["layer", "serves", " kept", "far"]
-    for group in ("all:", "answers:") if _has_answers(found) else ("all:",):
+    for group in _fits(found.served_layers):
         names += [f"{group:>8}\nrecall", "mass", "even", "best"]
     for name in (*names, "  worst"):
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     for full in found.full_layers:
         served = [layer for layer in found.served_layers if layer.server == full.layer]
-        shown = _figures(found, [full], served, by_chance=False)
-        table.add_row(str(full.layer), span(full.serves), *shown, _worst(found, served))
-    shown = _figures(found, found.full_layers, found.served_layers, by_chance=True)
+        shown = _figures([full], served, by_chance=False)
+        table.add_row(str(full.layer), _span(full.serves), *shown, _worst(served))
+    shown = _figures(found.full_layers, found.served_layers, by_chance=True)
     table.add_row("chance", "", *shown, "")
     return table
 
 
+def _fits(served: Sequence[ServedLayer]) -> dict[str, list[Fit]]:
+    """Over all queries that choose, and over those that predict an answer, where there are any."""
+    fits = {
+        "all:": [layer.fit for layer in served],
+        "answers:": [layer.answer_fit for layer in served],
+    }
+    known = {name: [fit for fit in found if fit is not None] for name, found in fits.items()}
+    return {name: found for name, found in known.items() if found}
+
+
 def _figures(
-    found: Inspection,
-    full_layers: Sequence[FullLayer],
-    served: Sequence[ServedLayer],
-    *,
-    by_chance: bool,
+    full_layers: Sequence[FullLayer], served: Sequence[ServedLayer], *, by_chance: bool
 ) -> list[str]:
     """Means over KV heads and ``served``: of what was selected, or of as many random blocks."""
     moves = [head.movement for full in full_layers for head in full.heads if head.movement]
     kept = [move.kept_random[0] if by_chance else move.kept[0] for move in moves]
     far = [move.distances_random if by_chance else move.distances for move in moves]
     cells = [_mean(kept), _mean(sum(bins[FAR:]) for bins in far)]
-    ways = [[layer.fit for layer in served]]
-    if _has_answers(found):
-        ways.append([layer.answer_fit for layer in served])
-    for fits in ways:
+    for fits in _fits(served).values():
         for fields in FIGURES.values():
             field = fields[by_chance]
             cells.append("" if field is None else _mean(getattr(fit, field) for fit in fits))
     return cells
 
 
-def _worst(found: Inspection, served: Sequence[ServedLayer]) -> str:
+def _worst(served: Sequence[ServedLayer]) -> str:
     """The layer that sees the least of what its own best blocks hold, and how much."""
-    fits = {layer.layer: layer.answer_fit if _has_answers(found) else layer.fit for layer in served}
-    seen = {at: fit.mass_seen / fit.mass_own_best for at, fit in fits.items() if fit is not None}
+    seen = {
+        layer.layer: fit.mass_seen / max(fit.mass_own_best, 1e-9)
+        for layer in served
+        if (fit := layer.answer_fit or layer.fit) is not None
+    }
     worst = min(seen, key=lambda layer: seen[layer])
     return f"{worst}: {seen[worst]:.0%}"
 
 
 def _meaning(found: Inspection) -> str:
-    over = f"{_queries(layer.fit for layer in found.served_layers):,} queries that see more than"
+    queries = {name: fits[0].queries for name, fits in _fits(found.served_layers).items()}
     of_answers = ""
-    if _has_answers(found):
-        answers = _queries(layer.answer_fit for layer in found.served_layers)
-        of_answers = f"; answers: those of them that predict an answer ({answers:,})"
+    if "answers:" in queries:
+        of_answers = f"; answers: those of them that predict an answer ({queries['answers:']:,})"
     return (
-        f"Means over heads and sparse layers. all: {over} {found.spec.top_k_tokens:,} tokens"
-        f"{of_answers}. kept: the token before had selected it too; far: 4 or more blocks back; "
-        "recall: a sparse layer's own top blocks that are selected; mass: its own attention on the "
-        "selection, on evenly spaced blocks, on its own best; worst: the layer that sees (with its "
-        "window) least of what its own best blocks hold"
+        f"Means over heads and sparse layers. all: {queries['all:']:,} queries that see more than "
+        f"{found.spec.top_k_tokens:,} tokens{of_answers}. kept: the token before had selected it "
+        "too; far: 4 or more blocks back; recall: a sparse layer's own top blocks that are "
+        "selected; mass: its own attention on the selection, on evenly spaced blocks, on its own "
+        "best; worst: the layer that sees (with its window) least of what its own best blocks hold"
     )
 
 
@@ -159,15 +164,7 @@ def _more(found: Inspection) -> str:
     return f"Maps, overlap, single layers: {page}"
 
 
-def _has_answers(found: Inspection) -> bool:
-    return any(layer.answer_fit is not None for layer in found.served_layers)
-
-
-def _queries(fits: Iterable[Fit | None]) -> int:
-    return next(fit.queries for fit in fits if fit is not None)
-
-
-def span(layers: Sequence[int]) -> str:
+def _span(layers: Sequence[int]) -> str:
     return f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
 
