@@ -11,10 +11,9 @@ from torch import Tensor
 from hysparse_cli.families import family_of
 from hysparse_cli.inspect_topk.blocks import BlockShares, LayerInputs, block_shares
 from hysparse_cli.inspect_topk.branches import BranchSlab, BranchStatistics, BranchSums, branch_slab
-from hysparse_cli.inspect_topk.fit import Fit, FitSums
 from hysparse_cli.inspect_topk.needle import LayerNeedle, NeedleStatistics, blocks_of
-from hysparse_cli.inspect_topk.overlap import OverlapSums
 from hysparse_cli.inspect_topk.reading import Reading
+from hysparse_cli.inspect_topk.statistics import Fit, FitSums, OverlapSums
 from hysparse_cli.inspect_topk.subject import Subject
 from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.observe import observe

@@ -1,4 +1,4 @@
-"""``hysparse inspect-topk``: what the full layers select, and how that fits those they serve."""
+"""Runs ``hysparse inspect-topk``: reads one text and looks at what each layer does with it."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,15 @@ from torch import Tensor
 
 from hysparse_cli.devices import describe, out_of_memory_is
 from hysparse_cli.errors import UnreadableInput
-from hysparse_cli.inspect_topk.effects import (
+from hysparse_cli.inspect_topk.needle import (
     AS_IT_IS,
     FULL,
     OWN_KEYS,
     Effect,
     answer_in,
+    blocks_of,
     measure_effects,
 )
-from hysparse_cli.inspect_topk.maps import selection_maps
-from hysparse_cli.inspect_topk.movement import movements
-from hysparse_cli.inspect_topk.needle import blocks_of
 from hysparse_cli.inspect_topk.observe import Seen, look
 from hysparse_cli.inspect_topk.reading import Reading, read
 from hysparse_cli.inspect_topk.result import (
@@ -28,6 +26,7 @@ from hysparse_cli.inspect_topk.result import (
     NeedleBlock,
     ServedLayer,
 )
+from hysparse_cli.inspect_topk.selection import movements, selection_maps
 from hysparse_cli.inspect_topk.subject import OnStage, Subject, load_subject
 from hysparse_cli.model.logits import hidden_states
 from hysparse_cli.model.state import ForwardOptions, Variation

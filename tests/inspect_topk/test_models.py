@@ -12,10 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hysparse_cli.inspect_topk import inspect_topk
-from hysparse_cli.inspect_topk.maps import selection_maps
-from hysparse_cli.inspect_topk.movement import movements
 from hysparse_cli.inspect_topk.observe import look
 from hysparse_cli.inspect_topk.reading import Asked, Reading
+from hysparse_cli.inspect_topk.selection import movements, selection_maps
 from hysparse_cli.inspect_topk.subject import Subject, load_subject
 from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.config import HysparseSpec
