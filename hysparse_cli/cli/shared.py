@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,8 +73,8 @@ class AlreadySaid(SystemExit):
     """An exit for which the reason was given, or needs no word."""
 
 
-def show(result: Any, as_json: bool) -> None:
-    """Print a result: its ``as_json()`` object, or its ``table()`` for people."""
+def show(result: Any, as_json: bool, table: Callable[[Any], Any] | None = None) -> None:
+    """Print a result: its ``as_json()`` object, or for people its ``table``, which may be given."""
     if as_json:
         write(json.dumps(result.as_json(), indent=2) + "\n")
         return
@@ -82,7 +82,7 @@ def show(result: Any, as_json: bool) -> None:
     from rich.segment import Segment, Segments
 
     console = Console(markup=False, emoji=False)  # names and errors are no markup
-    segments = console.render(result.table())
+    segments = console.render(result.table() if table is None else table(result))
     drawn = [Segment(cells(text), style, control) for text, style, control in segments]
     with console.capture() as capture:
         console.print(Segments(drawn))

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hysparse_cli.files.rounding import rounded
 from hysparse_cli.inspect_topk.branches import BranchStatistics
 from hysparse_cli.inspect_topk.effects import Effect
 from hysparse_cli.inspect_topk.fit import Fit
@@ -12,6 +11,7 @@ from hysparse_cli.inspect_topk.movement import LAGS, Movement
 from hysparse_cli.inspect_topk.needle import LayerNeedle
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.recipe import InspectOptions
+from hysparse_cli.units import rounded
 
 if TYPE_CHECKING:
     from rich.console import Group

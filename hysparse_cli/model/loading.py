@@ -61,7 +61,7 @@ def load(
     with _refuses(checkpoint):
         spec_of(content)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        config._attn_implementation = config._experts_implementation = None  # see without_kernels
+        config._attn_implementation = config._experts_implementation = None  # see without_switches
         with out_of_memory_is(
             f"{checkpoint} does not fit on {target}: load it in bfloat16 (dtype), or on another "
             "device"
@@ -121,12 +121,12 @@ def _within(tokenizer: Any) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
 
 
 def load_to_measure(
-    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    checkpoint: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> Loaded:
     """As ``load``, but in float32 on a CPU, which is slow in the other dtypes."""
     on_cpu = resolve_device(device).type == "cpu"
     return load(
-        str(folder),
+        checkpoint,
         dtype="float32" if on_cpu else dtype,
         device=device,
         trust_remote_code=trust_remote_code,

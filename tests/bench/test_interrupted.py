@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.started import start
+from tests.forked import command, fork
 
 MARK = "HYSPARSE_BENCH_UNDER_TEST"
 
@@ -37,7 +37,7 @@ def test_an_interrupt_while_processes_start_leaves_none(
     seconds: float,
 ) -> None:
     monkeypatch.setenv(MARK, str(tmp_path))
-    run = start(tmp_path / "said", "bench", tiny_original, "--context", 24, "--repeat", 10**6)
+    run = fork(command("bench", tiny_original, "--context", 24, "--repeat", 10**6), tmp_path)
     deadline = time.monotonic() + 120
     while not processes_of(str(tmp_path)):
         assert run.is_running() and time.monotonic() < deadline, run.end()
@@ -48,8 +48,9 @@ def test_an_interrupt_while_processes_start_leaves_none(
     for process in heard:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
-    code, said = run.end()
-    assert code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], said
+    ended = run.end()
+    said = ended.stderr
+    assert ended.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], said
     assert "Traceback" not in said
     assert said.splitlines()[-1] == "hysparse: interrupted; nothing half written is left"
     deadline = time.monotonic() + 10
