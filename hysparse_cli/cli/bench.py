@@ -150,7 +150,7 @@ def bench(
 
 def _kernels(flags: dict[str, Any], format_: str) -> None:
     from hysparse_cli.bench.kernels.run import bench_kernels
-    from hysparse_cli.files.results import prepare_results
+    from hysparse_cli.files.output import prepare_results
     from hysparse_cli.recipe import KernelBenchOptions, load_section, name_list
 
     not_for("bench kernels", flags, *OF_MODELS)

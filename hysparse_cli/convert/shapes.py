@@ -94,8 +94,7 @@ def building(what: str) -> Iterator[None]:
     except HysparseError:
         raise
     except Exception as error:
-        reason = single_line(error) or type(error).__name__
-        raise UnreadableInput(f"{what}: {reason}") from error
+        raise UnreadableInput(f"{what}: {single_line(error)}") from error
     finally:
         logging.set_verbosity(before)
 

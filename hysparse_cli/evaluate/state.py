@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli.errors import UnreadableInput, reads, writes
-from hysparse_cli.files.output import sync, write_whole
+from hysparse_cli.files.output import prepare_results, sync, write_whole
 from hysparse_cli.files.reading import parse_json
-from hysparse_cli.files.results import prepare_results
 
 Key = dict[str, Any]
 Found = dict[str, Any]

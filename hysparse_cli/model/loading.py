@@ -1,4 +1,4 @@
-"""Loading a checkpoint, dense or converted, to run it."""
+"""Loads a checkpoint, dense or converted, to run it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from hysparse_cli.files.foreign import brings_code, check_code
 from hysparse_cli.files.reading import MOST_JSON_BYTES
 from hysparse_cli.files.source import locate
 from hysparse_cli.model.config import MODEL_TYPE, spec_of
-from hysparse_cli.printable import printable, single_line
+from hysparse_cli.printable import printable, single_line, typed_line
 
 
 class Loaded(NamedTuple):
@@ -54,7 +54,7 @@ def load(
     target = resolve_device(device)
     folder = locate(checkpoint, trust_remote_code=trust_remote_code).folder
     content = open_checkpoint(folder).config
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = _load_tokenizer(folder, trust_remote_code)
     trusted = trust_remote_code and content.get("model_type") not in (*FAMILIES, MODEL_TYPE)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto: Any = AutoModelForCausalLM
@@ -100,8 +100,7 @@ def _refuses(checkpoint: str) -> Iterator[None]:
             raise brings_code(checkpoint) from None
         if isinstance(error, ValueError):
             raise UnsupportedModel(f"{checkpoint} can't be loaded: {reason}") from error
-        kind = type(error).__name__
-        raise UnreadableInput(f"{checkpoint} can't be loaded: {kind}: {reason}") from error
+        raise UnreadableInput(f"{checkpoint} can't be loaded: {typed_line(error)}") from error
 
 
 def _within(tokenizer: Any) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
@@ -146,6 +145,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         own that is not trusted.
     """
     check_code(folder, trust_remote_code=trust_remote_code)
+    return _load_tokenizer(folder, trust_remote_code)
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """As ``load_tokenizer``, of a folder that ``check_code`` has let through."""
     if not has_tokenizer(folder):
         raise UnreadableInput(f"{folder} has no tokenizer: copy the model's tokenizer files there")
     try:
@@ -156,11 +160,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except BaseException as error:  # of many kinds; a panic of tokenizers is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = single_line(error)
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             raise brings_code(f"the tokenizer of {folder}") from None
-        reason = f"{type(error).__name__}: {reason}"
-        raise UnreadableInput(f"{folder} has no tokenizer that can be read: {reason}") from error
+        raise UnreadableInput(
+            f"{folder} has no tokenizer that can be read: {typed_line(error)}"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         kind = type(tokenizer).__name__
         raise UnreadableInput(f"{folder}: its tokenizer_class is {kind}, which is no tokenizer")
