@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hysparse_cli.cli import main
+
 ROOT = Path(__file__).parent.parent
 NETWORK = 99  # the exit code of an offline command that reached for the network
 IMPORTS = (
@@ -120,8 +122,6 @@ def command(
     """
 
     def run() -> None:
-        from hysparse_cli.cli import main
-
         if cwd is not None:
             os.chdir(cwd)
         if offline:

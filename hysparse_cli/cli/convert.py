@@ -145,6 +145,7 @@ def convert(
             plan = measure(plan, dense, advance_stage)
         if not as_json:
             show(plan.measured, as_json=False, table=measured_table)
+    del dense  # its memory is free before weights are written
     if dry_run:
         if as_json:
             show(plan, as_json=True)

@@ -1,7 +1,7 @@
 """Runs the dense model for what only it can tell: full layers, swaps, the start, and the damage.
 
-One ``DenseModel`` serves a whole command. It is loaded where something is first measured, and a
-measurement that rewires the model rewires a twin of it.
+One ``LazyModel`` serves a whole command. It is loaded where something is first measured. What makes
+it sparse, or swaps its layers, gets a twin of it.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,7 @@ from hysparse_cli.convert.plan import Plan, plan
 from hysparse_cli.convert.swaps import swap_in_place
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.files.source import Source
-from hysparse_cli.model.dense_model import DenseModel
-from hysparse_cli.model.loading import load_to_measure
+from hysparse_cli.model.loading import LazyModel, load_to_measure
 from hysparse_cli.model.modeling import make_sparse
 from hysparse_cli.placement.run import choose_attention, select
 from hysparse_cli.recipe import ConvertOptions
@@ -43,7 +42,7 @@ class Measured:
         return {name: part.as_json() for name, part in parts.items() if part is not None}
 
 
-def dense_model(source: Source, options: ConvertOptions) -> DenseModel:
+def dense_model(source: Source, options: ConvertOptions) -> LazyModel:
     """The dense model of ``source``, in the dtype and on the device that it is measured in."""
     load = partial(
         load_to_measure,
@@ -52,13 +51,13 @@ def dense_model(source: Source, options: ConvertOptions) -> DenseModel:
         device=options.device,
         trust_remote_code=options.trust_remote_code,
     )
-    return DenseModel(source.name, load)
+    return LazyModel(source.name, load)
 
 
 def decide(
     dense: DenseCheckpoint,
     options: ConvertOptions,
-    model: DenseModel,
+    model: LazyModel,
     out: Path,
     on_stage: OnStage,
 ) -> Plan:
@@ -83,7 +82,7 @@ def decide(
     return planned
 
 
-def measure(plan: Plan, model: DenseModel, on_stage: OnStage) -> Plan:
+def measure(plan: Plan, model: LazyModel, on_stage: OnStage) -> Plan:
     """``plan`` with the start and the ledger that its options ask for.
 
     Args:

@@ -18,8 +18,7 @@ from hysparse_cli.files.checkpoint import open_checkpoint
 from hysparse_cli.files.source import locate
 from hysparse_cli.inspect_topk.blocks import Sizes
 from hysparse_cli.model.config import HysparseSpec, spec_of
-from hysparse_cli.model.dense_model import DenseModel
-from hysparse_cli.model.loading import load, load_to_measure
+from hysparse_cli.model.loading import LazyModel, load, load_to_measure
 from hysparse_cli.model.modeling import make_sparse
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
 from hysparse_cli.texts.calibration import text_for
@@ -82,29 +81,26 @@ def load_subject(
     trusted = options.trust_remote_code
     source = locate(checkpoint, trust_remote_code=trusted)
     on_stage("loading", 0, 1)
-    load_it = load_to_measure if options.dtype == "auto" else load
-    subject = DenseModel(
-        source.name,
-        partial(
-            load_it,
-            str(source.folder),
-            dtype=options.dtype,
-            device=options.device,
-            trust_remote_code=trusted,
-        ),
+    load_it = partial(
+        load_to_measure if options.dtype == "auto" else load,
+        str(source.folder),
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=trusted,
     )
+    lazy = LazyModel(source.name, load_it)
     plan = None
     if open_checkpoint(source.folder).config.get("hysparse") is None:
         planned = planned.model_copy(update={"trust_remote_code": trusted})
         with TemporaryDirectory() as scratch:  # for scores that no option names a file for
             dense, out = read_dense(source), Path(scratch) / "out"
-            plan = decide(dense, planned, subject, out, on_stage)
+            plan = decide(dense, planned, lazy, out, on_stage)
     elif layout_flags:
         raise InvalidRecipe(
             f"{checkpoint} is converted and has its layout: {', '.join(layout_flags)} would plan "
             "one for a dense model, leave it out"
         )
-    model, tokenizer, _ = subject.loaded
+    model, tokenizer, _ = lazy.loaded
     spec = plan.spec if plan is not None else spec_of(model.config)
     assert spec is not None, "a checkpoint without a spec gets a plan"
     if not spec.selects or not spec.layers.sparse_layers:

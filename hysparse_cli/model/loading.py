@@ -1,7 +1,9 @@
 """Loads a checkpoint, dense or converted, to run it."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,6 +132,36 @@ def load_to_measure(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+
+
+class LazyModel:
+    """A model that a command measures: loaded where it is first asked for, and only once.
+
+    Args:
+        name: its checkpoint's, for messages.
+        load: loads it.
+    """
+
+    def __init__(self, name: str, load: Callable[[], Loaded]):
+        self.name = name
+        self._load = load
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The model and its tokenizer.
+
+        Raises: what ``load`` does.
+        """
+        return self._load()
+
+    def twin(self) -> Any:
+        """Another model of the same weights, for what rewires it (sparse layers, swaps).
+
+        Modules, hooks and config are its own; parameters and buffers are shared, and not copied.
+        """
+        model = self.loaded.model
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        return copy.deepcopy(model, shared)
 
 
 def short_names(checkpoints: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.files.checkpoint import Checkpoint
 from hysparse_cli.files.output import prepare_file
 from hysparse_cli.model.config import HysparseSpec
-from hysparse_cli.model.dense_model import DenseModel
+from hysparse_cli.model.loading import LazyModel
 from hysparse_cli.pattern import Pattern
 from hysparse_cli.placement.far_context import choose_swaps, measure_need
 from hysparse_cli.placement.overlap import measure_overlap
@@ -32,7 +32,7 @@ def select(
     options: ConvertOptions,
     uniform: Pattern,
     path: Path,
-    model: DenseModel,
+    model: LazyModel,
     on_stage: OnStage,
 ) -> Selection:
     """Place as many full layers as ``uniform`` has, as ``options.strategy`` says.
@@ -68,7 +68,7 @@ def select(
 
 
 def choose_attention(
-    model: DenseModel, options: ConvertOptions, spec: HysparseSpec, on_stage: OnStage
+    model: LazyModel, options: ConvertOptions, spec: HysparseSpec, on_stage: OnStage
 ) -> Swaps:
     """Choose which attention to put into the full layers of ``spec`` (see far_context.py).
 
@@ -89,7 +89,7 @@ def choose_attention(
 
 
 def _measure(
-    model: DenseModel,
+    model: LazyModel,
     options: ConvertOptions,
     strategy: Strategy,
     identity: str,

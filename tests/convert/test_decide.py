@@ -14,8 +14,7 @@ from hysparse_cli.convert.swaps import swap_in_place
 from hysparse_cli.families import FAMILIES, family_of
 from hysparse_cli.files.source import Source
 from hysparse_cli.model.config import HysparseSpec
-from hysparse_cli.model.dense_model import DenseModel
-from hysparse_cli.model.loading import Loaded
+from hysparse_cli.model.loading import LazyModel, Loaded
 from hysparse_cli.model.modeling import make_sparse
 from hysparse_cli.recipe import ConvertOptions
 from tests.conftest import Hysparse
@@ -90,7 +89,7 @@ def test_inspect_topk_plans_and_observes_with_one_load(
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_rewiring_a_twin_leaves_the_model_as_it_is(model_type: str) -> None:
     model = tiny_model(model_type)
-    dense = DenseModel("tiny", lambda: Loaded(model, None, Path()))
+    dense = LazyModel("tiny", lambda: Loaded(model, None, Path()))
     expected = _logits(model)
     twin = dense.twin()
     shared = zip(twin.parameters(), model.parameters(), strict=True)

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hysparse_cli.convert.dense import read_dense
 from hysparse_cli.convert.plan import plan
+from hysparse_cli.convert.table import conversion_table
 from hysparse_cli.convert.write import execute
 from hysparse_cli.files.checkpoint import open_checkpoint
 from hysparse_cli.files.leftovers import recover
@@ -48,7 +49,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200KB")
     planned = plan(read_dense(Source("dense", folder)), ConvertOptions())
-    execute(planned, folder.parent / "imports all that forks need", lambda *_: None)
+    conversion_table(execute(planned, folder.parent / "imports what forks need", lambda *_: None))
     return folder
 
 
