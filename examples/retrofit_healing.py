@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 from retrofit_starts import STARTS
 from transformers import AutoConfig
 
-from hysparse_cli.convert.measure import measured
-from hysparse_cli.convert.run import execute, plan
+from hysparse_cli.convert.decide import dense_model, measure
+from hysparse_cli.convert.dense import read_dense
+from hysparse_cli.convert.plan import plan
+from hysparse_cli.convert.write import execute
 from hysparse_cli.evaluate import evaluate
 from hysparse_cli.files.source import locate
 from hysparse_cli.finetune import finetune
@@ -47,7 +49,9 @@ def heal(run: Run, dense: str, text: str, out: Path, teacher: str | None = None)
     if options is not None:
         source, taught_by = str(folder / "start"), teacher or dense
         stages = taught(run) if teacher else taught_first(run)
-        planned = measured(plan(locate(dense), ConvertOptions(**options, init="copy")), quiet)
+        checkpoint, choices = locate(dense), ConvertOptions(**options, init="copy")
+        planned = plan(read_dense(checkpoint), choices)
+        planned = measure(planned, dense_model(checkpoint, choices), quiet)
         execute(planned, folder / "start", quiet)
     healing = FinetuneOptions(
         data=text,

@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of ours, each kind with its exit code.
+"""Names what can go wrong through no fault of ours, each kind with its exit code.
 
 Raise one of these for bad input; the CLI prints its one line and exits with ``exit_code``. Anything
 else that escapes is a bug: exit code 1. The message says what was wrong (with the value), where
@@ -8,8 +8,9 @@ else that escapes is a bug: exit code 1. The message says what was wrong (with t
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from hysparse_cli.printable import printable, single_line
 
@@ -68,9 +69,14 @@ def reads(what: object) -> Iterator[None]:
 
 
 @contextmanager
-def writes(what: object) -> Iterator[None]:
-    """Let the system's refusal to write ``what``, a path, be an OutOfResources."""
-    with _refused(what, writing=True):
+def writes(what: object, places: Sequence[Path] = ()) -> Iterator[None]:
+    """Let the system's refusal to write ``what``, a path, be an OutOfResources.
+
+    Args:
+        places: where it is written, if given: a refusal of another path, such as of an input that
+            is read meanwhile, is left to others.
+    """
+    with _refused(what, writing=True, places=places):
         yield
 
 
@@ -103,13 +109,21 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 @contextmanager
-def _refused(what: object, *, writing: bool) -> Iterator[None]:
+def _refused(what: object, *, writing: bool, places: Sequence[Path] = ()) -> Iterator[None]:
     try:
         yield
     except HysparseError:
         raise
     except Exception as error:
         refusal = system_error(error)
-        if refusal is None:
+        if refusal is None or _is_elsewhere(refusal, places):
             raise
         raise from_system(refusal, what, writing=writing) from error
+
+
+def _is_elsewhere(refusal: OSError, places: Sequence[Path]) -> bool:
+    """Whether ``refusal`` names a path that has nothing to do with ``places``, if there are any."""
+    if not places or not refusal.filename:
+        return False
+    named = Path(os.fsdecode(refusal.filename))
+    return not any(named.is_relative_to(x) or x.is_relative_to(named) for x in places)

@@ -1,4 +1,4 @@
-"""Text that came from a file or a user, made safe to show: one line, no control characters.
+"""Makes text that came from a file or a user safe to show: one line, no control characters.
 
 A name in a checkpoint may hold escape sequences, newlines, marks that turn the direction of the
 text, or 100,000 letters.
@@ -22,8 +22,18 @@ def printable(text: object, longest: int | None = LONGEST) -> str:
 
 
 def single_line(error: object, longest: int | None = LONGEST) -> str:
-    """The message of an error as one printable line, its line breaks as spaces."""
-    return printable(" ".join(str(error).split()), longest)
+    """The message of an error as one printable line, its line breaks as spaces; of an exception
+    that says nothing, its type."""
+    said = " ".join(str(error).split())
+    if not said and isinstance(error, BaseException):
+        said = type(error).__name__
+    return printable(said, longest)
+
+
+def typed_line(error: BaseException) -> str:
+    """The type and the message of an exception as one printable line: ``KeyError: 'x'``."""
+    kind, said = type(error).__name__, single_line(error)
+    return kind if said == kind else f"{kind}: {said}"
 
 
 def cells(text: str) -> str:

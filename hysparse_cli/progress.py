@@ -9,6 +9,7 @@ from threading import Event, Thread, Timer
 from typing import Any, NamedTuple
 
 from hysparse_cli.printable import printable
+from hysparse_cli.units import format_seconds
 
 PATIENCE_SECONDS = 2.0
 TICK_SECONDS = 0.25
@@ -206,7 +207,7 @@ class _Lines:
         stage, done, total = at
         cells = [self._in_words(done, total)] if total > 1 else []
         if moved > 0 and done < total:
-            cells.append(f"{_duration(seconds / moved * (total - done))} left")
+            cells.append(f"{format_seconds(seconds / moved * (total - done))} left")
         return ": ".join(filter(None, [printable(stage), ", ".join(cells)])) + "\n"
 
 
@@ -247,9 +248,3 @@ def _bytes(done: int, total: int) -> str:
 
 def _steps(done: int, total: int) -> str:
     return f"{done:,}/{total:,}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hysparse_cli.convert.plan import context_name
+from hysparse_cli.units import format_tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ class Plot:
             axes.axhline(self.limit[0], color="black", linestyle="--", label=self.limit[1])
         axes.set_xscale("log", base=2)
         contexts = sorted({x for points in self.lines.values() for x, _ in points})
-        axes.set_xticks(contexts, [context_name(count) for count in contexts])
+        axes.set_xticks(contexts, [format_tokens(count) for count in contexts])
         axes.xaxis.set_minor_locator(NullLocator())
         if self.log:
             axes.set_yscale("log")

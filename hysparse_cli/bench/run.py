@@ -14,8 +14,7 @@ from hysparse_cli.bench.subjects import subjects_of
 from hysparse_cli.bench.worker import Cell, Failed
 from hysparse_cli.errors import OutOfResources
 from hysparse_cli.files.journal import Journal, Line
-from hysparse_cli.files.output import keeping, write_whole
-from hysparse_cli.files.results import prepare_results
+from hysparse_cli.files.output import keeping, prepare_results, write_whole
 from hysparse_cli.model.loading import resolve_device
 from hysparse_cli.recipe import BenchOptions, to_yaml
 

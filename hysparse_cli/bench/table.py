@@ -6,7 +6,7 @@ from hysparse_cli.bench.break_even import break_even_notes
 from hysparse_cli.bench.exactness import CHECKED_QUERIES, errors_in
 from hysparse_cli.bench.rows import Row
 from hysparse_cli.bench.timing import milliseconds
-from hysparse_cli.convert.plan import context_name, readable
+from hysparse_cli.units import format_bytes, format_tokens
 
 if TYPE_CHECKING:
     from hysparse_cli.bench.result import Bench
@@ -23,16 +23,16 @@ COLUMNS = {
 
 def cells_of_row(row: Row, ceilings: dict[str, float], ratios: dict[str, float]) -> list[str]:
     """As many cells as the row's phase has columns."""
-    cells = [f"{row.batch} x {context_name(row.context)}", row.subject]
+    cells = [f"{row.batch} x {format_tokens(row.context)}", row.subject]
     if row.error is not None:
         cells.append(row.error)
     elif row.phase == "memory":
         values = row.values
         cells += [
-            "" if values["kv_bytes"] is None else readable(values["kv_bytes"]),
-            readable(values["arithmetic_kv_bytes"]),
+            "" if values["kv_bytes"] is None else format_bytes(values["kv_bytes"]),
+            format_bytes(values["arithmetic_kv_bytes"]),
             _ratio(ratios.get("kv_bytes")),
-            readable(values["weight_bytes"]),
+            format_bytes(values["weight_bytes"]),
             f"{values['largest_batch']:,}",
             _ratio(ratios.get("largest_batch")),
         ]
@@ -56,7 +56,7 @@ def _timed(row: Row, ceilings: dict[str, float], ratios: dict[str, float]) -> li
     ]
     if row.phase == "train":
         peak = row.values.get("peak_memory_bytes")
-        cells.append("" if peak is None else readable(peak))
+        cells.append("" if peak is None else format_bytes(peak))
     return cells
 
 

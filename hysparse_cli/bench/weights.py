@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from hysparse_cli.bench.subjects import Subject
 from hysparse_cli.convert.shapes import dense_config
 from hysparse_cli.devices import out_of_memory_is
-from hysparse_cli.files.foreign import without_kernels
+from hysparse_cli.files.config_json import without_switches
 from hysparse_cli.model.attention import DENSE_NAME
 from hysparse_cli.model.config import MODEL_TYPE
 from hysparse_cli.model.loading import load
@@ -97,7 +97,7 @@ def config_of(subject: Subject) -> Any:
     Raises: UnreadableInput where transformers does not accept a value.
     """
     if subject.config["model_type"] == MODEL_TYPE:
-        return HySparseConfig.from_dict(without_kernels(subject.config))
+        return HySparseConfig.from_dict(without_switches(subject.config))
     return dense_config(subject.config, f"the config of {subject.name}")
 
 

@@ -28,7 +28,7 @@ from hysparse_cli.errors import (
     from_system,
     system_error,
 )
-from hysparse_cli.printable import printable, single_line
+from hysparse_cli.printable import printable, typed_line
 
 INTERRUPTED = 130
 # what libraries say where a limit of the machine or of the shell (ulimit) is reached
@@ -195,8 +195,7 @@ def _stop_code(signals: list[int]) -> int:
 def _report_bug(kind: type[BaseException], error: BaseException, trace: object) -> None:
     """What Python calls, before it exits with 1, for whatever ``main`` does not expect."""
     if processes.fails_first(exit_code=1):
-        what = single_line(f"{kind.__name__}: {error}")
-        say(f"bug, please report it (traceback with --debug): {what}")
+        say(f"bug, please report it (traceback with --debug): {typed_line(error)}")
     _leave(1)
 
 

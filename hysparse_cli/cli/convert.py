@@ -21,8 +21,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Turn a dense checkpoint into a HySparse one."""
-    from hysparse_cli.convert.run import execute
-    from hysparse_cli.convert.settle import settled_plan
+    from hysparse_cli.convert.dense import read_dense
     from hysparse_cli.files.leftovers import left_alone
     from hysparse_cli.files.output import prepare_output
     from hysparse_cli.files.replaceable import check_output
@@ -33,16 +32,23 @@ def convert(
     check(out, overwrite=options.overwrite, inputs=[source.folder])
     warn(left_alone(out))
     with stages() as advance_stage:
-        plan = settled_plan(source, options, out, advance_stage)
-    if not as_json:
-        show(plan, as_json=False)
-    if plan.runs_the_model and (options.explain or not dry_run):
-        from hysparse_cli.convert.measure import measured
+        advance_stage("reading headers", 0, 1)
+        checkpoint = read_dense(source)
+        # these import the models of transformers, which takes seconds
+        from hysparse_cli.convert.decide import decide, dense_model, measure
+        from hysparse_cli.convert.table import conversion_table, measured_table, plan_table
+        from hysparse_cli.convert.write import execute
 
+        dense = dense_model(source, options)
+        plan = decide(checkpoint, options, dense, out, advance_stage)
+    if not as_json:
+        show(plan, as_json=False, as_table=plan_table)
+    if plan.runs_the_model and (options.explain or not dry_run):
         with stages() as advance_stage:
-            plan = measured(plan, advance_stage)
+            plan = measure(plan, dense, advance_stage)
         if not as_json:
-            show(plan.measured, as_json=False)
+            show(plan.measured, as_json=False, as_table=measured_table)
+    del dense  # its memory is free before weights are written
     if dry_run:
         if as_json:
             show(plan, as_json=True)
@@ -51,4 +57,4 @@ def convert(
     with progress(f"writing {out.name}") as advance:
         conversion = execute(plan, out, advance)
     warn(conversion.warnings)
-    show(conversion, as_json)
+    show(conversion, as_json, as_table=conversion_table)

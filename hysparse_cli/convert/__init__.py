@@ -1,1 +1,1 @@
-"""``hysparse convert``: headers in, a plan, streamed tensors, a checkpoint."""
+"""Carries out ``hysparse convert``: read the dense checkpoint, plan, decide, write."""

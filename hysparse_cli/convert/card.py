@@ -1,11 +1,12 @@
-"""The README.md of a converted checkpoint."""
+"""Writes the README.md of a converted checkpoint: its model card."""
 
 import re
 
 import yaml
 
-from hysparse_cli.convert.plan import Plan, context_name, readable
+from hysparse_cli.convert.plan import Plan
 from hysparse_cli.printable import printable
+from hysparse_cli.units import format_bytes, format_tokens
 
 _MARKUP = re.compile(r"[`|<>\[\]&\\*#{}$]")
 
@@ -54,7 +55,7 @@ until it is healed with `hysparse finetune`."""
 
 def model_card(plan: Plan) -> str:
     """The model card: what it is, its KV cache against the dense model's, and how to load it."""
-    spec, source = plan.spec, plan.source
+    spec, source = plan.spec, plan.dense.source
     from_hub = source.revision is not None
     blocks = f"{spec.top_k_blocks} blocks of {spec.block_size} tokens for each query and KV head"
     swapped = ", ".join(f"layer {a} with {b}" for a, b in spec.swapped)
@@ -87,7 +88,7 @@ def _plain(name: object) -> str:
 
 
 def _kv_row(plan: Plan, context: int) -> str:
-    dense = plan.dense_kv.total_bytes(context, plan.itemsize)
+    dense = plan.dense.kv.total_bytes(context, plan.itemsize)
     ours = plan.kv.total_bytes(context, plan.itemsize)
-    name = context_name(context)
-    return f"| {name} | {readable(dense)} | {readable(ours)} | {dense / ours:.2f}x |"
+    name = format_tokens(context)
+    return f"| {name} | {format_bytes(dense)} | {format_bytes(ours)} | {dense / ours:.2f}x |"

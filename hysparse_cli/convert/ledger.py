@@ -1,4 +1,4 @@
-"""The damage ledger: what each mechanism of HySparse costs, step by step from the dense model.
+"""Measures the damage ledger: what each mechanism costs, step by step from the dense model.
 
 One model in memory, whose switches change between forwards (model/state.py, Variation). Each step
 adds a mechanism: selected blocks of the layer's own keys and values; the server's in their place;
@@ -84,30 +84,6 @@ class Ledger:
                 for layer, steps in self.by_layer.items()
             },
         }
-
-    def table(self) -> Any:
-        """Each step's change of the loss, in all layers and in each alone, for both losses."""
-        from rich.console import Group
-
-        tables = [self._table(0, f"all {self.tokens:,} tokens")]
-        if self.answer_tokens:
-            tables.append(self._table(1, f"{self.answer_tokens:,} tokens of planted answers"))
-        return Group(*tables)
-
-    def _table(self, kind: int, tokens: str) -> Any:
-        from hysparse_cli.tables import Table
-
-        title = f"damage: loss of {tokens}, dense {self.dense[kind]:.4f} nats"
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for name in ("layers", *self.steps, "in all"):
-            table.add_column(name, justify="right")
-        rows = {"all": self.total} | {str(layer): steps for layer, steps in self.by_layer.items()}
-        for name, losses in rows.items():
-            changes = [*self.changes(losses), losses[-1].minus(self.dense)]
-            table.add_row(name, *(f"{change[kind]:+.4f}" for change in changes))
-            if name == "all":
-                table.add_section()
-        return table
 
 
 def measure_ledger(

@@ -1,4 +1,4 @@
-"""Could what is about to be written be loaded? Tried on its small files, before the weights."""
+"""Checks that what is about to be written can be loaded: on its small files, before the weights."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A new rotary base and a longer input in config.json, for healing at a longer context."""
+"""Puts a new rotary base and a longer input into config.json, for healing at a longer context."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Does a checkpoint hold what its config promises? Compared with the dense model, unallocated."""
+"""Checks that a checkpoint holds what its config promises: the dense model, unallocated."""
 
 import re
 import warnings
@@ -11,7 +11,7 @@ from typing import Any
 
 from hysparse_cli.errors import HysparseError, UnreadableInput
 from hysparse_cli.files.checkpoint import FLOATS, Checkpoint, StoredTensor
-from hysparse_cli.files.foreign import without_kernels
+from hysparse_cli.files.config_json import without_switches
 from hysparse_cli.printable import printable, single_line
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -49,7 +49,7 @@ def dense_config(config: Mapping[str, Any], where: str) -> Any:
             raise UnreadableInput(
                 f"{where}: {name} is no setting of {model_type} models: remove it"
             )
-    values = without_kernels(config)
+    values = without_switches(config)
     values = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
     with building(f"{where} is no valid {model_type} config"):
         return AutoConfig.for_model(model_type, **values)
@@ -94,8 +94,7 @@ def building(what: str) -> Iterator[None]:
     except HysparseError:
         raise
     except Exception as error:
-        reason = single_line(error) or type(error).__name__
-        raise UnreadableInput(f"{what}: {reason}") from error
+        raise UnreadableInput(f"{what}: {single_line(error)}") from error
     finally:
         logging.set_verbosity(before)
 

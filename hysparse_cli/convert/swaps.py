@@ -1,4 +1,4 @@
-"""Swapping the dense attention of two layers: which one sits in a layer that stays full.
+"""Swaps the dense attention of two layers, so that another sits in a layer that stays full.
 
 Far retrieval sits in few layers of a dense model. Where the pattern makes one of them sparse, its
 attention can trade places with that of a full layer nearby: both read and write the same residual

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli.files.journal import Journal, Line
-from hysparse_cli.files.output import write_whole
-from hysparse_cli.files.results import prepare_results
+from hysparse_cli.files.output import prepare_results, write_whole
 
 Key = dict[str, Any]
 Found = dict[str, Any]

@@ -1,1 +1,1 @@
-"""What lies on a disk: checkpoints and other input read with limits, output whole or absent."""
+"""Reads checkpoints and other input with limits, and writes output that is whole or absent."""

@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder without loading it: headers first, all of them checked.
+"""Reads a checkpoint folder without loading it: headers first, all of them checked.
 
 Only safetensors are read. ``open_checkpoint`` parses config.json and every shard's header, and
 holds names, shapes and places; no weight is read.

@@ -1,4 +1,4 @@
-"""What a config.json may say, checked before transformers builds anything from it.
+"""Checks what a config.json says, before transformers builds anything from it.
 
 transformers takes much of it as it comes: a count of a billion layers it builds, a name of one of
 its own methods it overwrites, an attention kernel of the hub it downloads and runs.
@@ -17,13 +17,11 @@ from hysparse_cli.printable import printable, single_line
 MOST_DEPTH = 20
 MOST_BYTES = 4 << 20
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-_EXPERTS = ("experts_implementation", "_experts_implementation", "_experts_implementation_internal")
+# each also with leading underscores and with _internal behind
+_KERNEL_CHOICES = ("attn_implementation", "experts_implementation")
 # what says how a model is run or what else it was used for, and nothing about its weights
 SWITCHES = frozenset(
     (
-        *_ATTENTION,
-        *_EXPERTS,
         *("num_labels", "id2label", "label2id", "problem_type", "finetuning_task"),
         *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states"),
         *("_name_or_path", "name_or_path", "_commit_hash", "transformers_weights"),
@@ -116,9 +114,9 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             f"{where}: the weights are quantised (quant_method {printable(repr(method))}): give "
             "the checkpoint in bfloat16, float16 or float32, without quantization_config"
         )
-    for name in (*_ATTENTION, *_EXPERTS):
-        choice = config.get(name)
-        if choice is not None and not (isinstance(choice, str) and choice.isidentifier()):
+    for name, choice in config.items():
+        named = choice is not None and not (isinstance(choice, str) and choice.isidentifier())
+        if named and _chooses_kernels(name):
             raise UnsupportedModel(
                 f"{where} has {name} {printable(repr(choice))}, which transformers would download "
                 "and run: remove it"
@@ -158,8 +156,19 @@ def check_counts(config: Mapping[str, Any], tensors: Iterable[str], where: str) 
 
 
 def without_switches(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` without what does not describe the weights: how to run them, labels of classes."""
-    return {key: value for key, value in config.items() if key not in SWITCHES}
+    """``config`` without what does not describe the weights: how to run them, labels of classes.
+
+    A choice of kernels is left out of every part of the model, as transformers would fetch them.
+    """
+    return {
+        key: without_switches(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in SWITCHES and not _chooses_kernels(key)
+    }
+
+
+def _chooses_kernels(name: str) -> bool:
+    return name.strip("_").removesuffix("_internal") in _KERNEL_CHOICES
 
 
 def _check_values(config: Mapping[str, Any], where: str) -> None:

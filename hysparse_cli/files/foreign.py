@@ -1,12 +1,12 @@
-"""Code that a checkpoint brings: found before anything is loaded, and refused unless it is trusted.
+"""Finds code that a checkpoint brings, before anything is loaded, and refuses it unless trusted.
 
 transformers runs Python files that a checkpoint's JSON files name in ``auto_map``, and
 ``custom_generate/generate.py`` without being told. It asks on stdin where it was not told whether
 it may; here it is always told. A kernel of the hub that config.json names is code too, and is never
-fetched: ``without_kernels``.
+fetched: see config_json.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ SETTINGS = (
     "video_preprocessor_config.json",
     "adapter_config.json",
 )
-# each also with a leading underscore and with _internal behind
-_KERNEL_CHOICES = ("attn_implementation", "experts_implementation")
 
 
 def check_code(folder: Path, *, trust_remote_code: bool) -> None:
@@ -64,15 +62,6 @@ def brings_code(what: str) -> UnreadableInput:
         f"the checkpoint brings Python code of its own ({what}): read it, and give {FLAG} to let "
         "it run on this machine"
     )
-
-
-def without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json's content without a choice of kernels, also not for a part of the model."""
-    return {
-        key: without_kernels(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key.strip("_").removesuffix("_internal") not in _KERNEL_CHOICES
-    }
 
 
 def _auto_maps(settings: Any) -> Iterator[Any]:

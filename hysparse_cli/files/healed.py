@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint has been trained since: until then it gives little but noise."""
+"""Tells whether a converted checkpoint was trained since: until then it gives little but noise."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ from hysparse_cli.files.source import locate
 from hysparse_cli.pattern import names_sparse
 from hysparse_cli.printable import printable
 
-CONVERTED, FINETUNED = "hysparse_report.json", "hysparse_finetune.json"
+REPORT_NAME, FINETUNE_NAME = "hysparse_report.json", "hysparse_finetune.json"
 
 
 def is_unhealed(folder: Path) -> bool:
     """``convert`` leaves a report in its folder; ``finetune`` adds its own. What a stock Trainer
     saves has neither, and is taken for trained, as weights tell nothing of a fitted start."""
-    if not (folder / CONVERTED).is_file() or (folder / FINETUNED).exists():
+    if not (folder / REPORT_NAME).is_file() or (folder / FINETUNE_NAME).exists():
         return False
     config = read_json(folder / "config.json")
     section = config.get("hysparse") if isinstance(config, dict) else None

@@ -1,4 +1,4 @@
-"""What lies beside an output: what is being written, what was set aside, and who owns it.
+"""Finds what lies beside an output, being written or set aside, and tidies up what nobody owns.
 
 ``OUT.partial-HOST-PID`` is written until it is whole; ``OUT.replaced-HOST-PID`` was ``OUT`` a
 moment ago. Its owner holds a lock on it, which ends with the process: what nobody holds was left by
@@ -96,12 +96,12 @@ def recover(out: Path) -> None:
             if left.kind == PARTIAL:
                 remove(left.path)
             else:
-                settle(left.path, place)
+                restore(left.path, place)
         finally:
             os.close(handle)
 
 
-def settle(aside: Path, place: Path) -> None:
+def restore(aside: Path, place: Path) -> None:
     """Put what was set aside back where its place is free; remove it where a checkpoint has
     replaced it, unless it holds something else than a checkpoint."""
     with suppress(OSError):

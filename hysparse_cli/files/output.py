@@ -1,4 +1,4 @@
-"""Outputs that are absent or whole: written beside their place, synced, then renamed there.
+"""Writes outputs that are absent or whole: beside their place, synced, then renamed there.
 
 Everything goes to ``OUT.partial-HOST-PID``. A run that is killed leaves that, and the next run with
 the same OUT removes it (see leftovers.py); a run that fails or is interrupted removes it itself.
@@ -9,6 +9,8 @@ import errno
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,11 +20,8 @@ from hysparse_cli.errors import (
     Interrupted,
     InvalidRecipe,
     OutOfResources,
-    from_system,
-    system_error,
     writes,
 )
-from hysparse_cli.files.interrupts import deferred
 from hysparse_cli.files.leftovers import (
     PARTIAL,
     REPLACED,
@@ -31,8 +30,9 @@ from hysparse_cli.files.leftovers import (
     lock,
     recover,
     remove,
-    settle,
+    restore,
 )
+from hysparse_cli.files.reading import read_json
 from hysparse_cli.files.replaceable import (
     FILES_NAME,
     check_output,
@@ -40,8 +40,10 @@ from hysparse_cli.files.replaceable import (
     files_to_note,
 )
 from hysparse_cli.printable import printable
+from hysparse_cli.units import format_bytes
 
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def prepare_output(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
@@ -52,7 +54,7 @@ def prepare_output(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -
     recover(out)
     check_output(out, overwrite=overwrite, inputs=inputs)
     place = out.absolute()
-    with _of_output(out, place), _claimed(place, Path.mkdir):
+    with writes(printable(out), _places(place)), _claimed(place, Path.mkdir):
         pass
 
 
@@ -67,14 +69,45 @@ def prepare_file(path: Path) -> None:
             pass
 
 
+def prepare_results(folder: Path, result: str, schema: str, others: Sequence[str] = ()) -> None:
+    """Make ``folder``, and check that results can be written to it before any work is done.
+
+    It may hold other things, but nothing by the names of results.
+
+    Args:
+        result: the name of the JSON file that is written first of all. schema: how its ``schema``
+            begins: what has it was written by the same command and may be replaced.
+        others: patterns of the names of what is written after it.
+    Raises: InvalidRecipe where ``folder`` is a file, or something else has one of these names;
+        OutOfResources where it can't be written.
+    """
+    name = printable(folder)
+    with writes(name):
+        if folder.exists() and not folder.is_dir():
+            raise InvalidRecipe(f"output {name} is a file: give a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        there = (folder / result).exists()
+        strangers = [path for pattern in others for path in folder.glob(pattern)]
+    if there and not _has_schema(folder / result, schema):
+        strangers.insert(0, folder / result)
+    elif there:
+        strangers = []
+    if strangers:
+        raise InvalidRecipe(
+            f"{printable(strangers[0])} is not what this command wrote, and would be replaced: "
+            "give another --output, or move that file away"
+        )
+    prepare_file(folder / result)
+
+
 def require_free_space(out: Path, needed: int) -> None:
     """Raises: OutOfResources where the disk that will hold ``out`` has not ``needed`` bytes."""
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutOfResources(
-            f"disk full: {out} needs {needed / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB "
-            "free: free some, or give OUT on another disk"
+            f"disk full: {out} needs {format_bytes(needed)} and {existing} has "
+            f"{format_bytes(free)} free: free some, or give OUT on another disk"
         )
 
 
@@ -88,12 +121,12 @@ def staged(out: Path, *, overwrite: bool, inputs: Sequence[Path] = ()) -> Iterat
     recover(out)
     check_output(out, overwrite=overwrite, inputs=inputs)
     place = out.absolute()
-    with _of_output(out, place), _claimed(place, Path.mkdir) as partial:
+    with writes(printable(out), _places(place)), _claimed(place, Path.mkdir) as partial:
         yield partial
         if (note := files_to_note(partial)) is not None:
             (partial / FILES_NAME).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         sync_tree(partial)
-        with deferred():
+        with _deferred():
             if overwrite and place.is_dir() and any(place.iterdir()):
                 _replace(out, partial, inputs)
             else:
@@ -182,11 +215,11 @@ def _replace(out: Path, partial: Path, inputs: Sequence[Path]) -> None:
         check_replaceable(old, name)  # nothing can be put into it by its name any more
         _put(out, partial)
     except InvalidRecipe as error:
-        settle(old, out.absolute())
+        restore(old, out.absolute())
         kept = f"; what it held before is kept in {printable(old)}" if old.exists() else ""
         raise InvalidRecipe(f"{error}{kept}") from None
     finally:
-        settle(old, out.absolute())
+        restore(old, out.absolute())
         os.close(handle)
 
 
@@ -212,25 +245,31 @@ def _new_file(path: Path) -> None:
     path.open("x").close()
 
 
-@contextmanager
-def _of_output(out: Path, place: Path) -> Iterator[None]:
-    """Let the system's refusal to write below ``place`` be an OutOfResources; that of what is read
-    meanwhile is left to others.
+def _places(place: Path) -> tuple[Path, ...]:
+    return place, beside(place, PARTIAL), beside(place, REPLACED)
 
-    Raises: OutOfResources.
-    """
+
+def _has_schema(path: Path, schema: str) -> bool:
+    try:
+        content = read_json(path)
+    except HysparseError:
+        return False
+    return isinstance(content, dict) and str(content.get("schema")).startswith(schema)
+
+
+@contextmanager
+def _deferred() -> Iterator[None]:
+    """Let signals that would end this process wait until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs handlers in the main thread alone
+        return
+    received: list[int] = []
+    heard = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in heard}
     try:
         yield
-    except HysparseError:
-        raise
-    except Exception as error:
-        refusal = system_error(error)
-        if refusal is None:
-            raise
-        where = refusal.filename and Path(os.fsdecode(refusal.filename))
-        if where and not any(
-            where.is_relative_to(x) or x.is_relative_to(where)
-            for x in (place, beside(place, PARTIAL), beside(place, REPLACED))
-        ):
-            raise
-        raise from_system(refusal, printable(out), writing=True) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])

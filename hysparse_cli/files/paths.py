@@ -1,4 +1,4 @@
-"""Paths and names of models as people give them."""
+"""Checks paths and names of models as people give them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What a checkpoint was made from: enough to tell its files from any others.
+"""Notes what a checkpoint was made from: enough to tell its files from any others.
 
 Small files and the headers of shards (names, shapes, places of all tensors) are hashed. Hashing the
 weights would cost more than copying them, so theirs is known only where the hub has told it: its

@@ -1,4 +1,4 @@
-"""Reading JSON and YAML that other people wrote: limits on size, depth and length of numbers."""
+"""Reads JSON and YAML that other people wrote: limits on size, depth and length of numbers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a command may write to, and which folders it may replace: checkpoints and nothing else.
+"""Checks where a command may write, and what it may replace: checkpoints and nothing else.
 
 A folder is replaced where all that it holds can be had again: what the hub's repositories of models
 hold, and what this tool writes. Trained adapters, optimiser states, pickles, notes and sources are

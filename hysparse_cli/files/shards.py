@@ -1,4 +1,4 @@
-"""Writing safetensors shards as a stream: a chunk in memory at a time, never a shard.
+"""Writes safetensors shards as a stream: a chunk in memory at a time, never a shard.
 
 A shard is a header and tensors. Unless a dtype is asked for, bytes go over as they are; on the way
 every float is looked at for NaN and infinity.

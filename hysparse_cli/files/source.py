@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, or a repository of the Hugging Face hub."""
+"""Locates a model: a folder, or a repository of the Hugging Face hub."""
 
 import os
 import re

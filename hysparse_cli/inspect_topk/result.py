@@ -3,13 +3,13 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hysparse_cli.files.rounding import rounded
 from hysparse_cli.inspect_topk.branches import BranchStatistics
 from hysparse_cli.inspect_topk.needle import Effect, LayerNeedle
 from hysparse_cli.inspect_topk.selection import LAGS, Map, Movement
 from hysparse_cli.inspect_topk.statistics import Fit
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.recipe import InspectOptions
+from hysparse_cli.units import rounded
 
 if TYPE_CHECKING:
     from torch import Tensor

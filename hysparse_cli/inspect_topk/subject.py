@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+from hysparse_cli.convert.decide import INITS, decide
+from hysparse_cli.convert.dense import read_dense
 from hysparse_cli.convert.ledger import put_tensors
-from hysparse_cli.convert.measure import INITS
 from hysparse_cli.convert.plan import Plan
-from hysparse_cli.convert.settle import settled_plan
 from hysparse_cli.convert.swaps import swap_in_place
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.families import family_of
@@ -17,7 +18,7 @@ from hysparse_cli.files.checkpoint import open_checkpoint
 from hysparse_cli.files.source import locate
 from hysparse_cli.inspect_topk.blocks import Sizes
 from hysparse_cli.model.config import HysparseSpec, spec_of
-from hysparse_cli.model.loading import load, load_to_measure
+from hysparse_cli.model.loading import LazyModel, load, load_to_measure
 from hysparse_cli.model.modeling import make_sparse
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
 from hysparse_cli.texts.calibration import text_for
@@ -80,24 +81,26 @@ def load_subject(
     trusted = options.trust_remote_code
     source = locate(checkpoint, trust_remote_code=trusted)
     on_stage("loading", 0, 1)
+    load_it = partial(
+        load_to_measure if options.dtype == "auto" else load,
+        str(source.folder),
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=trusted,
+    )
+    lazy = LazyModel(source.name, load_it)
     plan = None
     if open_checkpoint(source.folder).config.get("hysparse") is None:
         planned = planned.model_copy(update={"trust_remote_code": trusted})
         with TemporaryDirectory() as scratch:  # for scores that no option names a file for
-            plan = settled_plan(source, planned, Path(scratch) / "out", on_stage)
+            dense, out = read_dense(source), Path(scratch) / "out"
+            plan = decide(dense, planned, lazy, out, on_stage)
     elif layout_flags:
         raise InvalidRecipe(
             f"{checkpoint} is converted and has its layout: {', '.join(layout_flags)} would plan "
             "one for a dense model, leave it out"
         )
-    if options.dtype == "auto":
-        model, tokenizer, _ = load_to_measure(
-            source.folder, device=options.device, trust_remote_code=trusted
-        )
-    else:
-        model, tokenizer, _ = load(
-            checkpoint, dtype=options.dtype, device=options.device, trust_remote_code=trusted
-        )
+    model, tokenizer, _ = lazy.loaded
     spec = plan.spec if plan is not None else spec_of(model.config)
     assert spec is not None, "a checkpoint without a spec gets a plan"
     if not spec.selects or not spec.layers.sparse_layers:

@@ -1,7 +1,9 @@
-"""Loading a checkpoint, dense or converted, to run it."""
+"""Loads a checkpoint, dense or converted, to run it."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from hysparse_cli.files.foreign import brings_code, check_code
 from hysparse_cli.files.reading import MOST_JSON_BYTES
 from hysparse_cli.files.source import locate
 from hysparse_cli.model.config import MODEL_TYPE, spec_of
-from hysparse_cli.printable import printable, single_line
+from hysparse_cli.printable import printable, single_line, typed_line
 
 
 class Loaded(NamedTuple):
@@ -54,14 +56,14 @@ def load(
     target = resolve_device(device)
     folder = locate(checkpoint, trust_remote_code=trust_remote_code).folder
     content = open_checkpoint(folder).config
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = _load_tokenizer(folder, trust_remote_code)
     trusted = trust_remote_code and content.get("model_type") not in (*FAMILIES, MODEL_TYPE)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto: Any = AutoModelForCausalLM
     with _refuses(checkpoint):
         spec_of(content)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-        config._attn_implementation = config._experts_implementation = None  # see without_kernels
+        config._attn_implementation = config._experts_implementation = None  # see without_switches
         with out_of_memory_is(
             f"{checkpoint} does not fit on {target}: load it in bfloat16 (dtype), or on another "
             "device"
@@ -100,8 +102,7 @@ def _refuses(checkpoint: str) -> Iterator[None]:
             raise brings_code(checkpoint) from None
         if isinstance(error, ValueError):
             raise UnsupportedModel(f"{checkpoint} can't be loaded: {reason}") from error
-        kind = type(error).__name__
-        raise UnreadableInput(f"{checkpoint} can't be loaded: {kind}: {reason}") from error
+        raise UnreadableInput(f"{checkpoint} can't be loaded: {typed_line(error)}") from error
 
 
 def _within(tokenizer: Any) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
@@ -121,16 +122,46 @@ def _within(tokenizer: Any) -> Callable[[Any, tuple[torch.Tensor, ...]], None]:
 
 
 def load_to_measure(
-    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    checkpoint: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> Loaded:
     """As ``load``, but in float32 on a CPU, which is slow in the other dtypes."""
     on_cpu = resolve_device(device).type == "cpu"
     return load(
-        str(folder),
+        checkpoint,
         dtype="float32" if on_cpu else dtype,
         device=device,
         trust_remote_code=trust_remote_code,
     )
+
+
+class LazyModel:
+    """A model that a command measures: loaded where it is first asked for, and only once.
+
+    Args:
+        name: its checkpoint's, for messages.
+        load: loads it.
+    """
+
+    def __init__(self, name: str, load: Callable[[], Loaded]):
+        self.name = name
+        self._load = load
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The model and its tokenizer.
+
+        Raises: what ``load`` does.
+        """
+        return self._load()
+
+    def twin(self) -> Any:
+        """Another model of the same weights, for what rewires it (sparse layers, swaps).
+
+        Modules, hooks and config are its own; parameters and buffers are shared, and not copied.
+        """
+        model = self.loaded.model
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        return copy.deepcopy(model, shared)
 
 
 def short_names(checkpoints: Sequence[str]) -> list[str]:
@@ -146,6 +177,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         own that is not trusted.
     """
     check_code(folder, trust_remote_code=trust_remote_code)
+    return _load_tokenizer(folder, trust_remote_code)
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """As ``load_tokenizer``, of a folder that ``check_code`` has let through."""
     if not has_tokenizer(folder):
         raise UnreadableInput(f"{folder} has no tokenizer: copy the model's tokenizer files there")
     try:
@@ -156,11 +192,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except BaseException as error:  # of many kinds; a panic of tokenizers is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = single_line(error)
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             raise brings_code(f"the tokenizer of {folder}") from None
-        reason = f"{type(error).__name__}: {reason}"
-        raise UnreadableInput(f"{folder} has no tokenizer that can be read: {reason}") from error
+        raise UnreadableInput(
+            f"{folder} has no tokenizer that can be read: {typed_line(error)}"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         kind = type(tokenizer).__name__
         raise UnreadableInput(f"{folder}: its tokenizer_class is {kind}, which is no tokenizer")

@@ -1,12 +1,11 @@
-"""How many full layers a memory budget holds."""
+"""Counts how many full layers a memory budget holds."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hysparse_cli.errors import InvalidRecipe
-
-_GIB = 1 << 30
+from hysparse_cli.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,10 @@ class Fit:
     def line(self) -> str:
         left = self.budget_bytes - self.weight_bytes - self.kv_bytes
         return (
-            f"{self.num_full} of {self.num_layers} layers full fit {_gib(self.budget_bytes)}: "
-            f"weights {_gib(self.weight_bytes)} and KV cache {_gib(self.kv_bytes)} of "
-            f"{self.batch} x {self.context:,} tokens; {_gib(left)} are left for activations"
+            f"{self.num_full} of {self.num_layers} layers full fit "
+            f"{format_bytes(self.budget_bytes)}: weights {format_bytes(self.weight_bytes)} and KV "
+            f"cache {format_bytes(self.kv_bytes)} of {self.batch} x {self.context:,} tokens; "
+            f"{format_bytes(left)} are left for activations"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -58,11 +58,8 @@ def most_full_layers(
             return Fit(budget_bytes, weight_bytes, kv, context, batch, num_full, num_layers)
     kv = batch * kv_bytes(fewest)
     raise InvalidRecipe(
-        f"fit {_gib(budget_bytes)} is too small: with only {fewest} of {num_layers} layers full, "
-        f"weights {_gib(weight_bytes)} and KV cache {_gib(kv)} of {batch} x {context:,} tokens "
-        f"need {_gib(weight_bytes + kv)}: lower context or batch, or give more"
+        f"fit {format_bytes(budget_bytes)} is too small: with only {fewest} of {num_layers} layers "
+        f"full, weights {format_bytes(weight_bytes)} and KV cache {format_bytes(kv)} of "
+        f"{batch} x {context:,} tokens need {format_bytes(weight_bytes + kv)}: lower context or "
+        "batch, or give more"
     )
-
-
-def _gib(count: int) -> str:
-    return f"{count / _GIB:.3g} GiB"

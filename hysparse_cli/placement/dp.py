@@ -1,4 +1,4 @@
-"""The best placement of a number of full layers, by dynamic programming (after Kascade).
+"""Finds the best placement of a number of full layers, by dynamic programming (after Kascade).
 
 ``weights[a][b]`` is what layer b is worth when layer a serves it, ``weights[b][b]`` when it is
 full. The sum over all layers is the greatest that any pattern of so many full layers has.
@@ -7,7 +7,7 @@ full. The sum over all layers is the greatest that any pattern of so many full l
 from collections.abc import Sequence
 from itertools import accumulate
 
-from hysparse_cli.pattern import FULL, SPARSE, Pattern
+from hysparse_cli.pattern import Pattern, from_full_layers
 
 Weights = Sequence[Sequence[float]]
 
@@ -25,8 +25,6 @@ def best_pattern(weights: Weights, num_full: int) -> str:
     """
     last = len(weights) - 1
     assert min(2, last + 1) <= num_full <= last + 1, "so many full layers can be placed"
-    if last == 0:
-        return FULL
     # served[a][i]: what layers a to i - 1 are worth as one hybrid block
     served = [[0.0] * a + [0.0, *accumulate(weights[a][a:])] for a in range(last + 1)]
     none = float("-inf")
@@ -42,7 +40,7 @@ def best_pattern(weights: Weights, num_full: int) -> str:
     full = [last]
     for table in reversed(came_from):
         full.append(table[full[-1]])
-    return "".join(FULL if layer in full else SPARSE for layer in range(last + 1))
+    return from_full_layers(full, last + 1).pattern
 
 
 def weight_of(weights: Weights, pattern: str) -> float:

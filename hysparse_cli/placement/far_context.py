@@ -1,4 +1,4 @@
-"""Which layers need far context, and which attention should therefore sit in the full layers."""
+"""Measures which layers need far context, and chooses whose attention the full layers get."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from hysparse_cli.evaluate.perplexity import token_losses
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.modeling import make_sparse
 from hysparse_cli.model.state import ForwardOptions, Variation
-from hysparse_cli.pattern import FULL, SPARSE
+from hysparse_cli.pattern import Pattern, from_full_layers
 from hysparse_cli.texts.calibration import CalibrationText
 
 # The residual stream changes from layer to layer: attention that moves far reads another one.
@@ -17,7 +17,7 @@ MOST_LAYERS_APART = 3
 LEAST_GAIN = 0.1  # of the greatest need: less is not worth a move
 
 
-def choose_swaps(need: Sequence[float], pattern: str) -> tuple[tuple[int, int], ...]:
+def choose_swaps(need: Sequence[float], layers: Pattern) -> tuple[tuple[int, int], ...]:
     """Put the attention that needs far context most into full layers, as near as may be.
 
     In falling order of need, each sparse layer swaps with the nearest full layer that has not
@@ -25,10 +25,9 @@ def choose_swaps(need: Sequence[float], pattern: str) -> tuple[tuple[int, int], 
     and is not layer 0, which reads the embeddings.
     """
     least = LEAST_GAIN * max(need)
-    free = [layer for layer, kind in enumerate(pattern) if kind == FULL and layer > 0]
+    free = [layer for layer in layers.full_layers if layer > 0]
     pairs = []
-    sparse = [layer for layer, kind in enumerate(pattern) if kind == SPARSE]
-    for layer in sorted(sparse, key=lambda layer: -need[layer]):
+    for layer in sorted(layers.sparse_layers, key=lambda layer: -need[layer]):
         near = [
             full
             for full in free
@@ -54,9 +53,8 @@ def measure_need(
         on_progress: told forwards done, and of how many: rows x layers.
     """
     num_layers = model.config.num_hidden_layers
-    spec = HysparseSpec(
-        FULL + SPARSE * (num_layers - 1), layout="hybrid-swa", window_tokens=window_tokens
-    )
+    layers = from_full_layers([0], num_layers, last_layer_full=False)
+    spec = HysparseSpec(layers.pattern, layout="hybrid-swa", window_tokens=window_tokens)
     make_sparse(model, spec)
     answers = text.answers[:, 1:]
     counted = answers if bool(answers.any()) else torch.ones_like(answers)

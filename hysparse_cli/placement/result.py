@@ -1,4 +1,4 @@
-"""What a strategy chose, for people and for programs."""
+"""Holds what was chosen of the dense model: full layers, and attention that trades places."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""Placing the full layers by a strategy that measures the model, uniform placement beside it."""
+"""Places full layers, and the attention in them, by what is measured on the dense model."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,11 +9,11 @@ from typing import Any
 from hysparse_cli import pattern as patterns
 from hysparse_cli.devices import describe, out_of_memory_is
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
-from hysparse_cli.files.checkpoint import open_checkpoint
+from hysparse_cli.files.checkpoint import Checkpoint
 from hysparse_cli.files.output import prepare_file
-from hysparse_cli.files.source import Source
 from hysparse_cli.model.config import HysparseSpec
-from hysparse_cli.model.loading import load_to_measure
+from hysparse_cli.model.loading import LazyModel
+from hysparse_cli.pattern import Pattern
 from hysparse_cli.placement.far_context import choose_swaps, measure_need
 from hysparse_cli.placement.overlap import measure_overlap
 from hysparse_cli.placement.result import Selection, Swaps
@@ -24,41 +24,43 @@ from hysparse_cli.placement.variants import Variants
 from hysparse_cli.recipe import ConvertOptions
 from hysparse_cli.texts.calibration import calibration_text, sequence_tokens_of, text_for
 
-Progress = Callable[[str, int, int], None]
+OnStage = Callable[[str, int, int], None]
 
 
 def select(
-    source: Source,
+    checkpoint: Checkpoint,
     options: ConvertOptions,
-    uniform: str,
+    uniform: Pattern,
     path: Path,
-    on_progress: Progress = lambda what, done, total: None,
+    model: LazyModel,
+    on_stage: OnStage,
 ) -> Selection:
     """Place as many full layers as ``uniform`` has, as ``options.strategy`` says.
 
     Args:
         uniform: the uniform pattern.
         path: the score file: what it lacks is measured and added, the rest is not measured again.
+        model: of ``checkpoint``; it is loaded only where something is measured.
     Raises: InvalidRecipe, UnreadableInput, UnsupportedModel, OutOfResources.
     """
     assert options.strategy is not None
     strategy = STRATEGIES[options.strategy]
-    checkpoint = open_checkpoint(source.folder)
     if options.scores is not None and not path.parent.is_dir():
         raise InvalidRecipe(f"scores {path}: there is no folder {path.parent}, make it first")
-    model = fingerprint(checkpoint)
-    scores = read_scores(path, model, options) if path.exists() else None
+    identity = fingerprint(checkpoint)
+    scores = read_scores(path, identity, options) if path.exists() else None
     if scores is None or (strategy.path is not None and options.strategy not in scores.paths):
         prepare_file(path)
-        _measure(source, options, strategy, model, scores, on_progress).write(path)
-        scores = read_scores(path, model, options)  # rounded as every later run will find it
-    pattern = strategy.pick(scores, uniform.count(patterns.FULL))
+        on_stage("loading", 0, 1)
+        _measure(model, options, strategy, identity, scores, on_stage).write(path)
+        scores = read_scores(path, identity, options)  # rounded as every later run will find it
+    pattern = strategy.pick(scores, len(uniform.full_layers))
     return Selection(
         strategy=options.strategy,
         pattern=pattern,
         score=strategy.score(scores, pattern),
-        uniform_pattern=uniform,
-        uniform_score=strategy.score(scores, uniform),
+        uniform_pattern=uniform.pattern,
+        uniform_score=strategy.score(scores, uniform.pattern),
         quantity=strategy.quantity,
         higher_is_better=strategy.higher_is_better,
         scores_file=str(path),
@@ -66,81 +68,75 @@ def select(
 
 
 def choose_attention(
-    source: Source, options: ConvertOptions, spec: HysparseSpec, on_progress: Progress
+    model: LazyModel, options: ConvertOptions, spec: HysparseSpec, on_stage: OnStage
 ) -> Swaps:
-    """Which attention to put into the full layers of ``spec`` (see need.py).
+    """Choose which attention to put into the full layers of ``spec`` (see far_context.py).
 
     Raises: UnreadableInput, UnsupportedModel, OutOfResources.
     """
-    on_progress("loading", 0, 1)
-    model, tokenizer, _ = load_to_measure(
-        source.folder, device=options.device, trust_remote_code=options.trust_remote_code
-    )
-    text = text_for(options, tokenizer, model.config)
-    with out_of_memory_is(_out_of_memory(model.device, text.rows)):
+    on_stage("loading", 0, 1)
+    dense = model.loaded.model
+    text = text_for(options, model.loaded.tokenizer, dense.config)
+    with out_of_memory_is(_out_of_memory(dense.device, text.rows)):
         need = measure_need(
-            model,
+            model.twin(),
             text,
             spec.window_tokens,
-            lambda done, total: on_progress("far context", done, total),
+            lambda done, total: on_stage("far context", done, total),
         )
-    _check_finite(need, source)
-    return Swaps(choose_swaps(need, spec.pattern), need)
+    _check_finite(need, model.name)
+    return Swaps(choose_swaps(need, spec.layers), need)
 
 
 def _measure(
-    source: Source,
+    model: LazyModel,
     options: ConvertOptions,
     strategy: Strategy,
-    model_fingerprint: str,
+    identity: str,
     known: Scores | None,
-    on_progress: Progress,
+    on_stage: OnStage,
 ) -> Scores:
     """What ``strategy`` needs, added to what is ``known``, on the text that was used before."""
-    on_progress("loading", 0, 1)
-    model, tokenizer, _ = load_to_measure(
-        source.folder, device=options.device, trust_remote_code=options.trust_remote_code
-    )
-    model.requires_grad_(False)
+    dense = model.loaded.model
     sizes = {name: getattr(options, name) for name in SIZES}
-    text = _text(options, model.config) if known is None else known.text
+    text = _text(options, dense.config) if known is None else known.text
     rows = calibration_text(
-        tokenizer,
+        model.loaded.tokenizer,
         data=None if text["calibration"] is None else Path(text["calibration"]),
         text_field=text["calibration_text_field"],
         tokens=text["calibration_tokens"],
         sequence_tokens=text["calibration_sequence_tokens"],
         seed=text["seed"],
     ).rows
-    num_layers = model.config.num_hidden_layers
-    spec = HysparseSpec(patterns.FULL * num_layers, **sizes)
-    with out_of_memory_is(_out_of_memory(model.device, rows)):
+    num_layers = dense.config.num_hidden_layers
+    spec = HysparseSpec(patterns.uniform(num_layers, num_layers).pattern, **sizes)
+    with out_of_memory_is(_out_of_memory(dense.device, rows)):
         fitted = measure_overlap(
-            model,
+            dense,
             rows,
             spec,
             text["seed"],
-            lambda done, total: on_progress("watching layers", done, total),
+            lambda done, total: on_stage("watching layers", done, total),
         )
-        _check_finite(fitted.overlap.importance, source)
+        _check_finite(fitted.overlap.importance, model.name)
         scores = known or Scores(
-            model=model_fingerprint,
+            model=identity,
             sizes=sizes,
             text=text,
-            environment=describe(model.device),
+            environment=describe(dense.device),
             overlap=fitted.overlap,
         )
         if strategy.path is not None:
-            variants = Variants(model, rows, spec, fitted.gate_logits)
-            _search(options, strategy, variants, scores, num_layers, on_progress)
+            variants = Variants(model.twin(), rows, spec, fitted.gate_logits)
+            _search(options, strategy, variants, scores, num_layers, on_stage)
     return scores
 
 
-def _check_finite(by_layer: Sequence[float], source: Source) -> None:
+def _check_finite(by_layer: Sequence[float], name: str) -> None:
     if not all(map(math.isfinite, by_layer)):
         raise UnreadableInput(
-            f"{source.name} gives NaN or infinity on the calibration text: its weights are "
-            "damaged, or it needs another dtype"
+            f"{name} gives NaN or infinity on the calibration text: its weights are damaged, or it "
+            "needs another dtype"
         )
 
 
@@ -150,7 +146,7 @@ def _search(
     variants: Variants,
     scores: Scores,
     num_layers: int,
-    on_progress: Progress,
+    on_stage: OnStage,
 ) -> None:
     """Walk the strategy's path, and measure every uniform pattern, whatever will be asked for."""
     uniform = [patterns.from_ratio(f"1:{n}", num_layers) for n in range(num_layers)]
@@ -161,7 +157,7 @@ def _search(
     def on_row() -> None:
         nonlocal done
         done += 1
-        on_progress(f"{options.strategy}: patterns", done, max(done, total))
+        on_stage(f"{options.strategy}: patterns", done, max(done, total))
 
     def cost(pattern: str) -> float:
         if pattern not in scores.losses:

@@ -1,4 +1,4 @@
-"""The score file: what was measured of one model on one text, so that it is measured once."""
+"""Keeps what was measured of one model on one text in a file, so that it is measured once."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -9,9 +9,9 @@ from typing import Any
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
 from hysparse_cli.files.checkpoint import Checkpoint
 from hysparse_cli.files.output import write_whole
-from hysparse_cli.files.rounding import rounded
 from hysparse_cli.placement.overlap import Overlap
 from hysparse_cli.recipe import ConvertOptions
+from hysparse_cli.units import rounded
 
 SCHEMA = "hysparse.scores/1"
 DIGITS = 6  # say more than a sample of text knows

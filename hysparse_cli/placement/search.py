@@ -1,8 +1,8 @@
-"""Paths of patterns from full to sparse and back, one layer a step, by measured quality."""
+"""Walks from full to sparse patterns and back, one layer a step, by measured quality."""
 
 from collections.abc import Callable
 
-from hysparse_cli.pattern import FULL, SPARSE
+from hysparse_cli.pattern import from_full_layers
 
 Cost = Callable[[str], float]
 
@@ -12,12 +12,12 @@ def greedy_path(num_layers: int, cost: Cost) -> list[str]:
 
     Layer 0 and the last stay full.
     """
-    return _path(num_layers, cost, FULL, SPARSE)
+    return _path(num_layers, cost, full=set(range(num_layers)))
 
 
 def restore_path(num_layers: int, cost: Cost) -> list[str]:
     """Patterns from the fewest full layers to all, each one layer fuller: the one of least cost."""
-    return _path(num_layers, cost, SPARSE, FULL)
+    return _path(num_layers, cost, full={0, num_layers - 1})
 
 
 def path_steps(num_layers: int) -> int:
@@ -26,17 +26,17 @@ def path_steps(num_layers: int) -> int:
     return 1 + inner * (inner + 1) // 2
 
 
-def _path(num_layers: int, cost: Cost, before: str, after: str) -> list[str]:
-    pattern = FULL * num_layers
-    pattern = pattern[:1] + before * (num_layers - 2) + pattern[1:][-1:]
-    cost(pattern)
-    path = [pattern]
-    while before in pattern[1:-1]:
-        steps = [
-            pattern[:layer] + after + pattern[layer + 1 :]
-            for layer in range(1, num_layers - 1)
-            if pattern[layer] == before
-        ]
-        pattern = min(steps, key=cost)
-        path.append(pattern)
+def _path(num_layers: int, cost: Cost, full: set[int]) -> list[str]:
+    """Change one inner layer after another from what it is in ``full`` to the other kind."""
+
+    def changed(*layers: int) -> str:
+        return from_full_layers(sorted(full ^ set(layers)), num_layers).pattern
+
+    path, left = [changed()], list(range(1, num_layers - 1))
+    cost(path[0])
+    while left:
+        layer = min(left, key=lambda layer: cost(changed(layer)))
+        left.remove(layer)
+        full ^= {layer}
+        path.append(changed())
     return path

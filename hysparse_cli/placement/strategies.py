@@ -1,4 +1,4 @@
-"""The strategies that place a number of full layers by what was measured.
+"""Lists the strategies that place a number of full layers by what was measured.
 
 ``uniform`` needs no scores (pattern.py); ``manual`` is a pattern that is given.
 """
@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hysparse_cli.pattern import Pattern
 from hysparse_cli.placement.dp import Weights, best_pattern, weight_of
 from hysparse_cli.placement.overlap import Overlap
 from hysparse_cli.placement.scores import Scores
@@ -64,7 +65,9 @@ def _searching(
         quantity=quantity,
         higher_is_better=False,
         pick=lambda scores, num_full: next(
-            pattern for pattern in scores.paths[name] if pattern.count("F") == num_full
+            pattern
+            for pattern in scores.paths[name]
+            if len(Pattern(pattern).full_layers) == num_full
         ),
         score=lambda scores, pattern: scores.losses[pattern][metric],
         path=path,

@@ -42,21 +42,6 @@ class Start:
         """Relative squared errors of the attention output, by sparse layer."""
         return {str(layer): vars(fit) for layer, fit in self.fits.items()}
 
-    def table(self) -> Any:
-        """A row a sparse layer."""
-        from hysparse_cli.tables import Table
-
-        caption = "squared error of the attention output, relative to the dense layer's"
-        table = Table(title="start", title_justify="left", title_style="bold", caption=caption)
-        columns = ("gates 1/2", "copied", "best", "fitted", "worst head", "mean gates")
-        for name in ("layer", *columns):
-            table.add_column(name, justify="right")
-        for layer, fit in self.fits.items():
-            errors = (fit.half, fit.copied, fit.best, fit.fitted, max(fit.by_head))
-            gates = f"{fit.gates[0]:.2f} {fit.gates[1]:.2f}"
-            table.add_row(str(layer), *(f"{error:.4f}" for error in errors), gates)
-        return table
-
 
 Init = Callable[[Any, HysparseSpec, Tensor, OnProgress], Start]
 

@@ -141,8 +141,9 @@ class _DataSet:
         try:
             yield
         except Exception as error:
-            reason = single_line(error) or type(error).__name__
-            raise UnreadableInput(f"data {self.name} can't be read: {reason}") from error
+            raise UnreadableInput(
+                f"data {self.name} can't be read: {single_line(error)}"
+            ) from error
 
     def check(self, on_read: OnRead) -> None:
         """Nothing: a stream is checked as it is read."""

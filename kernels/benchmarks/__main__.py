@@ -32,7 +32,7 @@ def main() -> int:
 
 def _measure(options: Options, output: Path | None) -> Benchmarks:
     from benchmarks.run import bench_kernels
-    from hysparse_cli.files.results import prepare_results
+    from hysparse_cli.files.output import prepare_results
 
     if output is not None:
         prepare_results(output, RESULT, SCHEMA.partition("/")[0], [TABLE])

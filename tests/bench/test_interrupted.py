@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.forked import Child, command, fork
 from tests.model.tiny import dense_config
-from tests.started import Forked, start
 
 MARK = "HYSPARSE_BENCH_UNDER_TEST"
 
@@ -25,7 +25,7 @@ def processes_of(mark: str) -> list[psutil.Process]:
     return found
 
 
-def wait_for(number: int, mark: Path, run: Forked) -> list[psutil.Process]:
+def wait_for(number: int, mark: Path, run: Child) -> list[psutil.Process]:
     """The processes of a marked run, once there are so many."""
     deadline = time.monotonic() + 120
     while len(found := processes_of(str(mark))) < number:
@@ -54,7 +54,7 @@ def test_an_interrupt_while_processes_start_leaves_none(
     seconds: float,
 ) -> None:
     monkeypatch.setenv(MARK, str(tmp_path))
-    run = start(tmp_path / "said", "bench", tiny_original, "--context", 24, "--repeat", 10**4)
+    run = fork(command("bench", tiny_original, "--context", 24, "--repeat", 10**4), tmp_path)
     wait_for(1, tmp_path, run)
     time.sleep(seconds)
     heard = processes_of(str(tmp_path)) if number == signal.SIGINT else []  # as Ctrl-C is by all
@@ -62,10 +62,11 @@ def test_an_interrupt_while_processes_start_leaves_none(
     for process in heard:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
-    code, said = run.end()
-    assert code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], said
-    assert "Traceback" not in said
-    assert said.splitlines()[-1] == "hysparse: interrupted; nothing half written is left"
+    ended = run.end()
+    assert ended.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], ended
+    assert "Traceback" not in ended.stderr
+    said = ended.stderr.splitlines()[-1]
+    assert said == "hysparse: interrupted; nothing half written is left"
     wait_for_none(tmp_path)
 
 
@@ -77,10 +78,10 @@ def test_processes_end_with_a_bench_that_is_killed(
     monkeypatch.setenv(MARK, str(tmp_path))
     dense_config("qwen3").save_pretrained(tmp_path)
     size = ("--context", "64k", "--phases", "prefill", "--dtype", "float32")
-    run = start(tmp_path / "said", "bench", "--config", tmp_path, *size)
+    run = fork(command("bench", "--config", tmp_path, *size), tmp_path)
     subjects = 3
     wait_for(2 + subjects if seconds else 1, tmp_path, run)  # forkserver, tracker, and subjects
     time.sleep(seconds)
     os.kill(run.pid, signal.SIGKILL)
-    assert run.end()[0] == -signal.SIGKILL
+    assert run.end().exit_code == -signal.SIGKILL
     wait_for_none(tmp_path, 10 if seconds else 60)  # one that only imports ends after that

@@ -13,6 +13,7 @@ from rich.console import Console
 from hysparse_cli.bench.timing import Timing
 from hysparse_cli.convert.ledger import Ledger, Losses
 from hysparse_cli.convert.plan import contexts_up_to
+from hysparse_cli.convert.table import ledger_table, start_table
 from hysparse_cli.evaluate.table import tables
 from hysparse_cli.finetune.result import FinetuneResult, Step
 from hysparse_cli.start.result import LayerStart, Start
@@ -79,12 +80,12 @@ def test_every_other_table_keeps_its_figures(width: int) -> None:
     steps = ("selection", "shared KV", "window", "gates and sinks")
     total = tuple(Losses(4.0 + i, 3.0 + i) for i in range(4))
     layers = dict.fromkeys(range(63), total)
-    ledger = shown(Ledger(steps, Losses(3.5, 2.5), total, layers, 1000, 50).table(), width)
+    ledger = shown(ledger_table(Ledger(steps, Losses(3.5, 2.5), total, layers, 1000, 50)), width)
     assert ledger.count("+0.5000") >= 128 and "62" in ledger
     fits = {
         i: LayerStart(0.1111, 0.2222, 0.3333, 0.4444, (0.5555,), (0.25, 0.75)) for i in range(63)
     }
-    start = shown(Start({}, fits).table(), width)
+    start = shown(start_table(Start({}, fits)), width)
     for figure in ("0.1111", "0.2222", "0.3333", "0.4444", "0.5555"):
         assert start.count(figure) == 63
     run = SimpleNamespace(

@@ -14,15 +14,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hysparse_cli.convert.run import execute, plan
+from hysparse_cli.convert.dense import read_dense
+from hysparse_cli.convert.plan import plan
+from hysparse_cli.convert.table import conversion_table
+from hysparse_cli.convert.write import execute
 from hysparse_cli.files.checkpoint import open_checkpoint
 from hysparse_cli.files.leftovers import HOST, left_alone, lock, recover
 from hysparse_cli.files.output import staged
 from hysparse_cli.files.source import Source
 from hysparse_cli.recipe import ConvertOptions
-from tests.started import Forked, start
+from tests.forked import Child, command, fork
 
-Convert = Callable[..., Forked]
+Convert = Callable[..., Child]
 
 OLD_CONFIG = '{"model_type": "llama"}'
 
@@ -39,9 +42,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200KB")
-    execute(
-        plan(Source("dense", folder), ConvertOptions()), folder.parent / "warm", lambda *_: None
-    )
+    planned = plan(read_dense(Source("dense", folder)), ConvertOptions())
+    conversion_table(execute(planned, folder.parent / "warm", lambda *_: None))
     return folder
 
 
@@ -53,7 +55,7 @@ def dead() -> int:
     return process.pid
 
 
-def wait_for_partial(parent: Path, run: Forked) -> None:
+def wait_for_partial(parent: Path, run: Child) -> None:
     deadline = time.monotonic() + 120
     while not any(parent.glob(f"out.partial-*-{run.pid}/model-*")):
         assert run.is_running() and time.monotonic() < deadline, run.end()
@@ -61,14 +63,13 @@ def wait_for_partial(parent: Path, run: Forked) -> None:
 
 
 @pytest.fixture
-def convert(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Forked]:
+def convert(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Child]:
     """Starts a conversion of ``dense`` that takes its time."""
-    said = tmp_path_factory.mktemp("said")
 
-    def begin(*args: object) -> Forked:
-        number = len(list(said.iterdir()))
-        run = start(said / str(number), "convert", dense, *args, write_seconds=0.01)
-        while not run.said.exists():
+    def begin(*args: object) -> Child:
+        call = command("convert", dense, *args, write_seconds=0.01)
+        run = fork(call, tmp_path_factory.mktemp("run"))
+        while not run.stderr.exists():
             time.sleep(0.001)
         return run
 
@@ -90,10 +91,10 @@ def test_an_interrupt_leaves_nothing_and_says_so(
     process = convert(tmp_path / "new" / "out")
     wait_for_partial(tmp_path / "new", process)
     os.kill(process.pid, number)
-    code, stderr = process.end()
-    assert code == exit_code
-    assert stderr.endswith("hysparse: interrupted; nothing half written is left\n")
-    assert "Traceback" not in stderr
+    ended = process.end()
+    assert ended.exit_code == exit_code
+    assert ended.stderr.endswith("hysparse: interrupted; nothing half written is left\n")
+    assert "Traceback" not in ended.stderr
     assert not any(tmp_path.iterdir())
 
 
@@ -123,11 +124,10 @@ def test_what_appears_at_out_meanwhile_is_left_as_it_is(
     wait_for_partial(tmp_path, process)
     out.mkdir()
     (out / "thesis.tex").write_text("precious")
-    code, stderr = process.end()
-    assert code == 3 and stderr.count("\n") == 1, stderr
-    assert (
-        "thesis.tex" if flags else "appeared while this ran"
-    ) in stderr or "model_type" in stderr
+    ended = process.end()
+    assert ended.exit_code == 3 and ended.stderr.count("\n") == 1, ended
+    said = "thesis.tex" if flags else "appeared while this ran"
+    assert said in ended.stderr or "model_type" in ended.stderr
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
         "out",
         "out/thesis.tex",
@@ -142,17 +142,18 @@ def test_what_is_put_into_a_checkpoint_meanwhile_keeps_it_from_being_replaced(
     process = convert(out, "--overwrite")
     wait_for_partial(tmp_path, process)
     (out / "thesis.tex").write_text("precious")
-    code, stderr = process.end()
-    assert code == 3 and "thesis.tex" in stderr and stderr.count("\n") == 1
+    ended = process.end()
+    assert ended.exit_code == 3 and "thesis.tex" in ended.stderr
+    assert ended.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "config.json").read_text() == OLD_CONFIG
 
 
 def test_of_two_runs_the_second_is_refused(dense: Path, convert: Convert, tmp_path: Path) -> None:
     both = [convert(tmp_path / "out") for _ in range(2)]
-    ends = sorted(process.end() for process in both)
-    assert [code for code, _ in ends] == [0, 3], ends
-    assert "appeared while this ran" in ends[1][1] or "is not empty" in ends[1][1]
+    written, refused = sorted((run.end() for run in both), key=lambda ended: ended.exit_code)
+    assert (written.exit_code, refused.exit_code) == (0, 3), (written, refused)
+    assert "appeared while this ran" in refused.stderr or "is not empty" in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert set(open_checkpoint(tmp_path / "out").tensors) > set(open_checkpoint(dense).tensors)
 
@@ -228,9 +229,9 @@ def test_what_another_host_left_is_reported_and_never_removed(
     for folder in others:
         folder.mkdir()
     process = convert(tmp_path / "out")
-    code, stderr = process.end()
-    assert code == 0
-    first, second, *_ = stderr.splitlines()
+    ended = process.end()
+    assert ended.exit_code == 0
+    first, second, *_ = ended.stderr.splitlines()
     assert first.startswith("hysparse: warning: ") and "some host" in first
     assert f"{others[0]} was left by a run on node-7.example, or is being written there" in second
     assert all(folder.exists() for folder in others)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hysparse_cli.convert.run import execute, plan
+from hysparse_cli.convert.dense import read_dense
+from hysparse_cli.convert.plan import plan
+from hysparse_cli.convert.write import execute
 from hysparse_cli.errors import HysparseError, UnreadableInput
 from hysparse_cli.files.source import Source
 from hysparse_cli.recipe import ConvertOptions
@@ -124,8 +126,8 @@ def test_a_shard_that_vanishes_between_its_header_and_its_copy(
     tiny_checkpoint: Path, tmp_path: Path, dtype: str
 ) -> None:
     options = ConvertOptions.model_validate({"dtype": dtype})
-    planned = plan(Source(str(tiny_checkpoint), tiny_checkpoint), options)
-    gone = planned.checkpoint.shards[2].path
+    planned = plan(read_dense(Source(str(tiny_checkpoint), tiny_checkpoint)), options)
+    gone = planned.dense.checkpoint.shards[2].path
     gone.unlink()
     with pytest.raises(UnreadableInput, match=f"can't read .*{gone.name}"):
         execute(planned, tmp_path / "out", lambda done, total: None)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hysparse_cli.convert.measure import INITS, Measured
-from hysparse_cli.convert.run import execute, plan
+from hysparse_cli.convert.decide import INITS, Measured
+from hysparse_cli.convert.dense import read_dense
+from hysparse_cli.convert.plan import plan
+from hysparse_cli.convert.write import execute
 from hysparse_cli.files.checkpoint import open_checkpoint
 from hysparse_cli.files.source import locate
 from hysparse_cli.recipe import ConvertOptions
@@ -28,7 +30,7 @@ CALIBRATION = (
 
 def converted(folder: Path, out: Path, tensors: dict[str, torch.Tensor], **options: Any) -> None:
     """Convert ``folder`` with these tensors as the measured start."""
-    planned = plan(locate(str(folder)), ConvertOptions(**SMALL, **options))
+    planned = plan(read_dense(locate(str(folder))), ConvertOptions(**SMALL, **options))
     measured = Measured(Start(tensors, {}), None)
     execute(replace(planned, measured=measured), out, lambda done, total: None)
 

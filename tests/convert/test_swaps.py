@@ -11,14 +11,17 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hysparse_cli.convert.run import execute, plan
+from hysparse_cli.convert.dense import read_dense
+from hysparse_cli.convert.plan import plan
 from hysparse_cli.convert.swaps import Pair, swap_in_place
+from hysparse_cli.convert.write import execute
 from hysparse_cli.evaluate.perplexity import token_losses
 from hysparse_cli.families import FAMILIES, family_of
 from hysparse_cli.files.checkpoint import open_checkpoint
 from hysparse_cli.files.source import locate
 from hysparse_cli.model.config import HysparseSpec, spec_of
 from hysparse_cli.model.modeling import install
+from hysparse_cli.pattern import Pattern
 from hysparse_cli.placement.far_context import (
     LEAST_GAIN,
     MOST_LAYERS_APART,
@@ -61,7 +64,7 @@ def swapped(folder: Path, *pairs: Pair) -> Any:
 
 def convert(folder: Path, out: Path, *pairs: Pair, **options: Any) -> Path:
     chosen = ConvertOptions(swap_attention=[list(pair) for pair in pairs], **options)
-    execute(plan(locate(str(folder)), chosen), out, lambda done, total: None)
+    execute(plan(read_dense(locate(str(folder))), chosen), out, lambda done, total: None)
     return out
 
 
@@ -90,7 +93,7 @@ def convert(folder: Path, out: Path, *pairs: Pair, **options: Any) -> Path:
 def test_attention_that_needs_far_context_goes_to_full_layers(
     need: list[float], pattern: str, pairs: tuple[Pair, ...]
 ) -> None:
-    assert choose_swaps(need, pattern) == pairs
+    assert choose_swaps(need, Pattern(pattern)) == pairs
     assert MOST_LAYERS_APART == 3
 
 
@@ -147,12 +150,13 @@ def test_sparse_layers_are_those_of_the_swapped_model(model_type: str, tmp_path:
 
 
 def test_a_window_goes_where_its_attention_goes(tmp_path: Path) -> None:
-    dense = saved("gemma2", tmp_path / "dense")  # a window in layers 0, 2 and 4
-    planned = plan(locate(str(dense)), ConvertOptions(pattern="FSFSF", swap_attention=[[2, 3]]))
+    folder = saved("gemma2", tmp_path / "dense")  # a window in layers 0, 2 and 4
+    dense = read_dense(locate(str(folder)))
+    planned = plan(dense, ConvertOptions(pattern="FSFSF", swap_attention=[[2, 3]]))
     assert planned.widened == (0, 4)
-    full = plan(locate(str(dense)), ConvertOptions(layout="full", swap_attention=[[2, 3]]))
+    full = plan(dense, ConvertOptions(layout="full", swap_attention=[[2, 3]]))
     assert full.kv.windows == (64, None, None, 64, 64) and full.widened == ()
-    assert full.dense_kv.windows == (64, None, 64, None, 64)
+    assert full.dense.kv.windows == (64, None, 64, None, 64)
 
 
 def test_only_shards_of_swapped_attention_are_written_anew(
@@ -264,7 +268,7 @@ def test_auto_is_saved_as_what_it_chose(
     report = json.loads((auto / "hysparse_report.json").read_text())["plan"]["swaps"]
     need = report["need"]
     assert need[0] == 0 and len(need) == 5 and len(set(need)) == 5
-    pairs = [list(pair) for pair in choose_swaps(need, "FSFSF")]
+    pairs = [list(pair) for pair in choose_swaps(need, Pattern("FSFSF"))]
     assert pairs and report["pairs"] == pairs
     assert json.loads((auto / "config.json").read_text())["hysparse"]["swapped"] == pairs
     recipe = auto / "hysparse_recipe.yaml"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from hysparse_cli.errors import UnreadableInput
-from hysparse_cli.files.foreign import check_code, without_kernels
+from hysparse_cli.files.config_json import without_switches
+from hysparse_cli.files.foreign import check_code
 from hysparse_cli.model.config import HUB_SHIM_NAME
 from tests.code_traps import CODE, KERNELS, REFUSED, change, own_code
 from tests.conftest import Hysparse
@@ -151,7 +152,7 @@ def test_a_kernel_that_a_config_names_is_never_chosen(
 def test_a_choice_of_kernels_is_taken_out_of_every_part() -> None:
     named = {"_attn_implementation": "a/b", "vocab_size": 3, "text_config": {"x": 1}}
     inner = {"experts_implementation": "a/b", "x": 1}
-    assert without_kernels(named | {"text_config": inner}) == {
+    assert without_switches(named | {"text_config": inner}) == {
         "vocab_size": 3,
         "text_config": {"x": 1},
     }

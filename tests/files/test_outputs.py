@@ -11,9 +11,14 @@ import pytest
 
 from hysparse_cli.errors import InvalidRecipe, OutOfResources
 from hysparse_cli.files.leftovers import recover
-from hysparse_cli.files.output import prepare_output, staged, whole_file, write_whole
+from hysparse_cli.files.output import (
+    prepare_output,
+    prepare_results,
+    staged,
+    whole_file,
+    write_whole,
+)
 from hysparse_cli.files.replaceable import check_output, foreign_in
-from hysparse_cli.files.results import prepare_results
 from hysparse_cli.inspect_topk.files import check_files
 from hysparse_cli.recipe import (
     ConvertOptions,

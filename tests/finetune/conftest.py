@@ -30,7 +30,9 @@ def converted(tiny_original: Path, tmp_path: Path) -> Convert:
     """Converts the tiny checkpoint with small blocks; options as ``ConvertOptions`` takes them."""
 
     def make(**options: Any) -> Path:
-        from hysparse_cli.convert.run import execute, plan
+        from hysparse_cli.convert.dense import read_dense
+        from hysparse_cli.convert.plan import plan
+        from hysparse_cli.convert.write import execute
         from hysparse_cli.files.source import locate
         from hysparse_cli.recipe import ConvertOptions
 
@@ -41,7 +43,8 @@ def converted(tiny_original: Path, tmp_path: Path) -> Convert:
             "window_tokens": 8,
         }
         out = tmp_path / "converted"
-        planned = plan(locate(str(tiny_original)), ConvertOptions(**{**small, **options}))
+        dense = read_dense(locate(str(tiny_original)))
+        planned = plan(dense, ConvertOptions(**{**small, **options}))
         execute(planned, out, lambda done, total: None)
         return out
 

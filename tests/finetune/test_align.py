@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hysparse_cli.convert.run import execute, plan
+from hysparse_cli.convert.dense import read_dense
+from hysparse_cli.convert.plan import plan
+from hysparse_cli.convert.write import execute
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.families import family_of
 from hysparse_cli.files.source import locate
@@ -167,7 +169,8 @@ def document_mask(positions: Tensor) -> Tensor:
 def converted_stories(stories_260k: Path, tmp_path: Path) -> tuple[Any, Any]:
     """A real dense model and its plain conversion, FSSSF, with random gates and sinks."""
     options = ConvertOptions(pattern="FSSSF", block_size=8, top_k_tokens=16, window_tokens=12)
-    execute(plan(locate(str(stories_260k)), options), tmp_path / "out", lambda done, total: None)
+    planned = plan(read_dense(locate(str(stories_260k))), options)
+    execute(planned, tmp_path / "out", lambda done, total: None)
     model = load(str(tmp_path / "out"), device="cpu").model
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

@@ -6,21 +6,28 @@ logits. What does not hold is printed, then a count by kind and exit code; it ex
 anything did not hold.
 """
 
+import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.forked import NETWORK, Outcome, command, fork, no_network
 from tests.long.case import Case
-from tests.long.forked import MOST_BYTES, MOST_SECONDS, NETWORK, Outcome, forked
 from tests.long.malformed import all_cases
 
 EXPECTED = {0, 3, 4, 5, 7}
+MOST_SECONDS = 10
+MOST_BYTES = 1 << 30
+PATIENCE = 60  # seconds, however busy the machine is
+ADDRESS_BYTES = 8 << 30  # so that a bomb does not take the machine with it
 ROOT = Path(__file__).parents[2]
 
 
@@ -32,12 +39,22 @@ class Run(NamedTuple):
     stdout: str
 
 
-def convert(model: Path, out: Path) -> None:
-    from hysparse_cli.cli import main
+def limited(call: Callable[[], object], scratch: Path) -> Outcome:
+    """What becomes of ``call`` in a child that may not have all memory, nor reach the network."""
 
+    def run() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + ADDRESS_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        sys.addaudithook(no_network)
+        call()
+
+    return fork(run, scratch).end(PATIENCE)
+
+
+def convert(model: Path, out: Path) -> None:
     warnings.simplefilter("default")
-    sys.argv = ["hysparse", "convert", str(model), str(out)]
-    main()
+    command("convert", model, out)()
 
 
 def use(folder: Path) -> None:
@@ -58,8 +75,8 @@ def use(folder: Path) -> None:
 def faults(outcome: Outcome, left: list[str], empty_bytes: int) -> list[str]:
     """What does not hold of one conversion."""
     found = []
-    if outcome.killed_by:
-        found.append(f"killed by signal {outcome.killed_by}")
+    if outcome.exit_code < 0:
+        found.append(f"killed by signal {-outcome.exit_code}")
     elif outcome.exit_code == NETWORK:
         found.append("reached for the network")
     elif outcome.exit_code not in EXPECTED:
@@ -88,12 +105,12 @@ def tried(case: Case, good: Path, empty_bytes: int) -> tuple[Outcome, list[str]]
         (place / "made").mkdir()
         case.damage(place / "model")
         out = place / "made" / "out"
-        outcome = forked(lambda: convert(place / "model", out), place)
+        outcome = limited(lambda: convert(place / "model", out), place)
         left = sorted(path.name for path in (place / "made").iterdir())
         found = faults(outcome, left, empty_bytes)
         if outcome.exit_code == 0:
-            used = forked(lambda: use(out), place)
-            if used.exit_code or used.killed_by:
+            used = limited(lambda: use(out), place)
+            if used.exit_code:
                 found.append(f"converted, but can't be used: {used.stderr[-300:]!r}")
     return outcome, found
 
@@ -102,7 +119,7 @@ def sweep(good: Path, every: int = 1) -> int:
     """How many cases did not hold, of each ``every``-th of all."""
     _import_once()
     with tempfile.TemporaryDirectory() as name:
-        empty_bytes = forked(lambda: None, Path(name)).peak_bytes
+        empty_bytes = limited(lambda: None, Path(name)).peak_bytes
     counts: Counter[tuple[str, int]] = Counter()
     failed = 0
     slowest = largest = (0.0, "")
@@ -139,10 +156,9 @@ def run_sweep(good: Path, every: int) -> Run:
 def _import_once() -> None:
     """Import what a conversion imports, in this process, without running one here."""
     import hysparse_cli.cli
-    import hysparse_cli.convert.run
-    import hysparse_cli.convert.weights
-    import hysparse_cli.model.loading
-    import hysparse_cli.model.modeling  # noqa: F401
+    import hysparse_cli.convert.decide
+    import hysparse_cli.convert.table
+    import hysparse_cli.convert.write  # noqa: F401
     from hysparse_cli import progress
     from hysparse_cli.model.registration import config_class
 

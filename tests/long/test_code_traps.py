@@ -40,7 +40,7 @@ class Place:
 
     def __init__(self, folder: Path, original: Path, forks: Forks):
         self.folder, self.forks = folder, forks
-        self.sentinel, self.network = folder / "sentinel", folder / "network"
+        self.sentinel = folder / "sentinel"
         self.model, self.student = folder / "model", folder / "student"
         self.text = folder / "text.txt"
         self.text.write_text(" ".join(f"w{i % 61}" for i in range(600)))
@@ -63,12 +63,12 @@ class Place:
 
     def run(self, args: list[object]) -> tuple[int, str]:
         """Exit code and output, where nothing ran, nothing was fetched and it did not take long."""
-        code, output, seconds = self.forks.run(args, cwd=self.folder, network=self.network)
+        outcome = self.forks.run(args, cwd=self.folder, offline=True)
+        code, output = outcome.exit_code, outcome.stdout + outcome.stderr
         assert not self.sentinel.exists(), f"{args} ran it: {output}"
-        assert not self.network.exists(), f"{args} asked {self.network.read_text()}: {output}"
         assert code in OURS, f"{args}: exit {code}: {output}"
         assert "[y/N]" not in output
-        assert seconds < SECONDS, f"{args}: {seconds} s: {output}"
+        assert outcome.seconds < SECONDS, f"{args}: {outcome.seconds} s: {output}"
         return code, output
 
 
@@ -211,13 +211,9 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, tiny_original: Path, forks
     made = Place(folder, tiny_original, forks)
     args = ["finetune", made.model, folder / "tuned", "--data", made.text, *TRAINS]
     args[args.index("--steps") + 1] = 200
-    code, output, _ = forks.run(
-        [*args, "--save-every-steps", 1],
-        cwd=folder,
-        network=made.network,
-        until="tuned.state/step-*",
-    )
-    assert (folder / "tuned.state").is_dir(), f"{code} {output}"
+    args += ["--save-every-steps", 1]
+    outcome = forks.run(args, cwd=folder, offline=True, until="tuned.state/step-*")
+    assert (folder / "tuned.state").is_dir(), outcome
     return made
 
 

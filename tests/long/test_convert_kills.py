@@ -15,12 +15,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hysparse_cli.convert.run import execute, plan
+from hysparse_cli.convert.dense import read_dense
+from hysparse_cli.convert.plan import plan
+from hysparse_cli.convert.table import conversion_table
+from hysparse_cli.convert.write import execute
 from hysparse_cli.files.checkpoint import open_checkpoint
 from hysparse_cli.files.leftovers import recover
 from hysparse_cli.files.source import Source
 from hysparse_cli.recipe import ConvertOptions
-from tests.started import Forked, start
+from tests.forked import Child, command, fork
 
 RUNS = 200
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -45,8 +48,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(num_hidden_layers=6, num_attention_heads=4, **sizes)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200KB")
-    planned = plan(Source("dense", folder), ConvertOptions())
-    execute(planned, folder.parent / "imports all that forks need", lambda *_: None)
+    planned = plan(read_dense(Source("dense", folder)), ConvertOptions())
+    conversion_table(execute(planned, folder.parent / "imports what forks need", lambda *_: None))
     return folder
 
 
@@ -62,17 +65,10 @@ def test_killed_at_any_moment_out_is_what_it_was_or_whole(dense: Path, tmp_path:
         place.mkdir()
         _write(out, held)
         runs = [
-            start(
-                place.with_name(f"said {number} {i}"),
-                "convert",
-                dense,
-                out,
-                *flags,
-                write_seconds=0.001,
-            )
-            for i in range(at_once)
+            fork(command("convert", dense, out, *flags, write_seconds=0.001), said)
+            for said in _folders(tmp_path, number, at_once)
         ]
-        while not all(run.said.exists() for run in runs):
+        while not all(run.stderr.exists() for run in runs):
             time.sleep(0.001)
         time.sleep(chance.uniform(0.01, 1.1 * longest))
         if what.startswith("foreign files that appear") and not out.exists():
@@ -80,9 +76,10 @@ def test_killed_at_any_moment_out_is_what_it_was_or_whole(dense: Path, tmp_path:
         for run in runs:
             _send(run, chance.choice(SIGNALS))
         for run in runs:
-            code, said = run.end()
-            ended[str(code)] += 1
-            assert code in ENDS and "Traceback" not in said, (number, what, code, said)
+            found = run.end()
+            ended[str(found.exit_code)] += 1
+            assert found.exit_code in ENDS, (number, what, found)
+            assert "Traceback" not in found.stderr, (number, what, found)
         became[f"{what}: {_judge(number, out, held, dense)}"] += 1
     print(f"\n{RUNS} cases: exit codes {dict(ended)}; {dict(became)}")
 
@@ -102,14 +99,22 @@ def _judge(number: int, out: Path, held: dict[str, str], dense: Path) -> str:
     return "whole"
 
 
+def _folders(tmp_path: Path, number: int, count: int) -> list[Path]:
+    """Folders for what ``count`` runs say."""
+    folders = [tmp_path / f"said {number} {i}" for i in range(count)]
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
 def _seconds(dense: Path, tmp_path: Path) -> float:
     begin = time.monotonic()
-    run = start(tmp_path / "said 0", "convert", dense, tmp_path / "timed", write_seconds=0.001)
-    assert run.end()[0] == 0
+    call = command("convert", dense, tmp_path / "timed", write_seconds=0.001)
+    assert fork(call, tmp_path).end().exit_code == 0
     return time.monotonic() - begin
 
 
-def _send(run: Forked, number: signal.Signals) -> None:
+def _send(run: Child, number: signal.Signals) -> None:
     if run.is_running():
         os.kill(run.pid, number)
 

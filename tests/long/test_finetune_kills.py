@@ -1,10 +1,9 @@
 """50 kills of real runs, at any moment: what is resumed ends as the run that nobody killed.
 
-One process imports everything and computes nothing; each run is forked from it, and so begins at
-once. Of two processes each is started as ever.
+Each run of one process is forked from one that has imported everything (tests/forked.py), and so
+begins at once. Of two processes each is started as ever.
 """
 
-import json
 import os
 import random
 import signal
@@ -24,40 +23,10 @@ from hysparse_cli.finetune.state import saved_state
 from tests.finetune.conftest import Convert, documents_file  # noqa: F401
 from tests.finetune.conftest import converted as converted  # a fixture
 from tests.finetune.test_resume import REPOSITORY, arguments, options_for, weights
+from tests.forked import Forks
 
 pytestmark = pytest.mark.long
 
-FORKED = """
-import json, os, signal, sys
-import hysparse_cli.finetune, hysparse_cli.model.registration
-import transformers.models.qwen3.modeling_qwen3
-from hysparse_cli.cli import main
-
-def kill_at(change):
-    seen = []
-    def see(event, args):
-        wrote = event == "open" and isinstance(args[1], str) and args[1][:1] in "wax"
-        if wrote or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
-            seen.append(event)
-            if len(seen) == change:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(see)
-
-for line in sys.stdin:
-    words, change, log = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, 1), os.dup2(handle, 2)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.argv = ["hysparse", *words]
-        if change:
-            kill_at(change)
-        main()
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 STEPS, KILLS, PAIR_KILLS = 16, 50, 6
 CHANGES = 60  # of the disk, about half of those that a run makes
 
@@ -67,44 +36,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-class Runs:
-    """Starts runs in processes forked from one that is warm."""
-
-    def __init__(self, log: Path):
-        self.log = log
-        self.warm = subprocess.Popen(
-            [sys.executable, "-c", FORKED],
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(
-        self, *words: object, change: int = 0, seconds: float | None = None
-    ) -> tuple[int, float]:
-        """The exit code and the seconds of ``hysparse words``.
-
-        Args:
-            change: kill it at this change of the disk. seconds: kill it after them.
-        """
-        assert self.warm.stdin is not None and self.warm.stdout is not None
-        command = [list(map(str, words)), change, str(self.log)]
-        self.warm.stdin.write(json.dumps(command) + "\n")
-        self.warm.stdin.flush()
-        child, begun = int(self.warm.stdout.readline()), time.monotonic()
-        if seconds is not None:
-            time.sleep(seconds)
-            with suppress(ProcessLookupError):  # it has ended
-                os.kill(child, signal.SIGKILL)
-        return int(self.warm.stdout.readline()), time.monotonic() - begun
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Iterator[Runs]:
-    made = Runs(tmp_path / "log")
-    with made.warm:  # which ends where its stdin does
-        yield made
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as served:
+        yield served
 
 
 def where(out: Path) -> str:
@@ -120,29 +55,33 @@ def test_runs_killed_at_any_moment_end_as_the_one_that_nobody_killed(
     converted: Convert,
     documents_file: Path,  # noqa: F811
     tmp_path: Path,
-    runs: Runs,
+    forks: Forks,
 ) -> None:
     checkpoint, draw = converted(), random.Random(12)
     options = options_for(documents_file, None, steps=STEPS)
     given = ("finetune", checkpoint, *arguments(options), "--resume", "auto")
-    code, seconds = runs(*given, tmp_path / "whole")
-    assert code == 0, runs.log.read_text()
+    begun = time.monotonic()
+    ended = forks.run([*given, tmp_path / "whole"])
+    seconds = time.monotonic() - begun
+    assert ended.exit_code == 0, ended
     killed: Counter[str] = Counter()
     outputs = 0
     while killed.total() < KILLS:
         out = tmp_path / f"out-{(outputs := outputs + 1)}"
         while not out.exists():
+            begun = time.monotonic()
             if draw.random() < 0.5:
-                code, took = runs(*given, out, change=draw.randint(1, CHANGES))
+                ended = forks.run([*given, out], kill_at_change=draw.randint(1, CHANGES))
             else:
-                code, took = runs(*given, out, seconds=draw.uniform(0, seconds))
-            if code == 0:
-                seconds = 1.5 * took  # it was resumed, and other work may slow a run
+                ended = forks.run([*given, out], patience=draw.uniform(0, seconds))
+            if ended.exit_code == 0:
+                # it was resumed, and other work may slow a run
+                seconds = 1.5 * (time.monotonic() - begun)
                 break
-            assert code == -signal.SIGKILL, runs.log.read_text()
+            assert ended.exit_code == -signal.SIGKILL, ended
             killed[where(out)] += 1
-        code, _ = runs(*given, out)
-        assert code == 0, runs.log.read_text()
+        ended = forks.run([*given, out])
+        assert ended.exit_code == 0, ended
         assert weights(out) == weights(tmp_path / "whole")
         assert [path.name for path in tmp_path.glob(f"{out.name}*")] == [out.name]
     sys.stderr.write(f"\n{killed.total()} kills in {outputs} runs: {dict(killed)}\n")
@@ -181,7 +120,7 @@ def test_two_processes_killed_at_any_moment_end_as_those_that_nobody_killed(
 def pair(
     words: tuple[object, ...], out: Path, seconds: float | None = None, victim: int | None = None
 ) -> tuple[int, float]:
-    """As ``Runs``; killed is one of the two processes, or with None all and their launcher."""
+    """Exit code and seconds; killed is one of the two processes, or all with their launcher."""
     begun = time.monotonic()
     run = subprocess.Popen(
         [sys.executable, "-m", "hysparse_cli", *map(str, words), str(out)],

@@ -60,7 +60,7 @@ def test_another_ratio_is_planned_from_the_file_without_the_model(
     def no_load(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("hysparse_cli.placement.run.load_to_measure", no_load)
+    monkeypatch.setattr("hysparse_cli.convert.decide.load_to_measure", no_load)
     for strategy, planned in plans.items():
         again = hysparse(
             "convert", tiny_original, tmp_path / "out", "--strategy", strategy, *options

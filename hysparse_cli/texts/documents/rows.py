@@ -86,8 +86,8 @@ def text_of(record: Any, text_field: str, where: str) -> str:
         )
     if (place := first_broken(text)) is not None:
         raise UnreadableInput(
-            f"data {where}: field {text_field!r} holds {broken(text[place])} at its character "
-            f"{place + 1:,}: {mend(text[place])}"
+            f"data {where}: field {text_field!r} holds "
+            f"{broken(text[place], f' at its character {place + 1:,}')}"
         )
     return text
 
@@ -119,18 +119,15 @@ def first_broken(text: str) -> int | None:
     return None
 
 
-def broken(half: str) -> str:
-    """What a lone surrogate is, in words."""
+def broken(half: str, at: str = "") -> str:
+    """What a lone surrogate is, ``at`` which place, and what to do about it, in words."""
     if ord(half) in _BYTES:
-        return f"a byte that is not UTF-8 text (0x{ord(half) - 0xDC00:02x})"
-    return f"half a character (\\u{ord(half):04x})"
-
-
-def mend(half: str) -> str:
-    """What to do about it, in words."""
-    if ord(half) in _BYTES:
-        return "save the file as UTF-8 in the program that wrote it"
-    return "it was cut in the middle of a symbol, such as an emoji: mend that row"
+        byte = f"a byte that is not UTF-8 text (0x{ord(half) - 0xDC00:02x})"
+        return f"{byte}{at}: save the file as UTF-8 in the program that wrote it"
+    return (
+        f"half a character (\\u{ord(half):04x}){at}: it was cut in the middle of a symbol, such as "
+        "an emoji: mend that row"
+    )
 
 
 def _kind(value: Any) -> str:

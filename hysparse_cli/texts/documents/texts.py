@@ -6,7 +6,7 @@ from typing import TextIO
 
 from hysparse_cli.errors import UnreadableInput
 from hysparse_cli.texts.documents.files import readable
-from hysparse_cli.texts.documents.rows import broken, first_broken, mend
+from hysparse_cli.texts.documents.rows import broken, first_broken
 
 CHUNK_CHARACTERS = 1 << 20
 
@@ -29,9 +29,7 @@ def text_chunks(file: TextIO, path: Path) -> Iterator[str]:
                 "byte): it is no text file, or damaged"
             )
         if (half := first_broken(chunk)) is not None:
-            raise UnreadableInput(
-                f"data {path}, line {line + chunk.count(end, 0, half):,} holds "
-                f"{broken(chunk[half])}: {mend(chunk[half])}"
-            )
+            line += chunk.count(end, 0, half)
+            raise UnreadableInput(f"data {path}, line {line:,} holds {broken(chunk[half])}")
         line += chunk.count(end)
         yield chunk
