@@ -162,7 +162,7 @@ class StateHook:
         positions = kwargs.get("position_ids")
         if (
             rows := kwargs.get("hysparse_rows")
-        ) is not None:  # split over processes: see context_parallel.py
+        ) is not None:  # divided over processes: see context_parallel.py
             inputs = positions = rows.position_ids
         # generate with a static cache hands a dict of masks, which not every decoder takes
         kwargs["attention_mask"] = padding_mask(kwargs.get("attention_mask"))
