@@ -63,7 +63,7 @@ def heal(run: Run, dense: str, text: str, out: Path, teacher: str | None = None)
         seed=run.seed,
     )
     done = finetune(source, folder / "healed", healing, quiet)
-    last = [step.next_token_loss for step in done.steps[-run.steps // 8 :]]
+    last = [step.losses["next_token_loss"] for step in done.steps[-run.steps // 8 :]]
     result = run._asdict() | {
         "tokens": run.steps * run.rows * ROW_TOKENS,
         "training_loss": sum(last) / len(last),

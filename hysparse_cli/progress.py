@@ -1,4 +1,4 @@
-"""What a command that takes a while shows meanwhile, on stderr: a bar on a terminal, else lines."""
+"""Shows the progress of a command on stderr: a bar on a terminal, else lines."""
 
 import io
 import sys
@@ -95,7 +95,7 @@ def _training_table(now: Any) -> Any:
         "stage": f"{step.stage}/{now.num_stages} {step.objective}",
         "step": f"{step.number}/{now.num_steps}",
         "loss": f"{step.loss:.4f}",
-        **{name: f"{value:.4f}" for name, value in step.parts().items()},
+        **{title: f"{value:.4f}" for title, value in step.titled_losses().items()},
         "learning rate": f"{step.learning_rate:.1e}",
         "tokens/s": f"{now.tokens_per_second:,.0f}",
         "peak memory": f"{step.peak_memory_bytes / 1e9:.2f} GB",

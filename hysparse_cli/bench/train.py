@@ -8,6 +8,7 @@ from torch import Tensor
 from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.bench.prefill import random_ids
 from hysparse_cli.bench.timing import Marks, timed
+from hysparse_cli.finetune.context_parallel import LocalBatch
 from hysparse_cli.finetune.losses import next_token_sums
 
 
@@ -39,7 +40,7 @@ def _step(model: Any, input_ids: Tensor) -> None:
     """The next-token loss as ``hysparse finetune`` computes it, never holding all logits."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     batch: Any = {"input_ids": input_ids, "labels": input_ids, "position_ids": positions}
-    next_token_sums(model, batch).total.backward()  # type: ignore[no-untyped-call]
+    next_token_sums(model, LocalBatch(batch)).total.backward()  # type: ignore[no-untyped-call]
 
 
 def _switch_checkpointing(model: Any, what: str, *options: Any) -> None:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hysparse_cli.evaluate.perplexity import token_losses
 from hysparse_cli.model.config import HysparseSpec
+from hysparse_cli.model.losses import token_losses
 from hysparse_cli.model.state import ForwardOptions, Variation
 from hysparse_cli.texts.calibration import CalibrationText
 

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hysparse_cli.evaluate.statistics import Sample
-from hysparse_cli.model.logits import hidden_states, logits_of
+from hysparse_cli.model.losses import token_losses
 from hysparse_cli.texts.documents.pieces import encode
 
-LOGITS_AT_ONCE = 1 << 26
 POSITION_PARTS = 8
 
 
@@ -121,24 +119,6 @@ def measure_loss(
                     first += len(of_part)
     on_progress(len(batches), len(batches))
     return Loss(total, parts, full_length)
-
-
-@torch.no_grad()
-def token_losses(model: Any, input_ids: Tensor, **options: Any) -> Tensor:
-    """The loss of each predicted token, logits a stretch at a time.
-
-    Args:
-        input_ids: (B, T). options: what else the model's forward is given.
-    Returns: (B, T - 1) float32, of tokens 1 to T - 1, in nats.
-    """
-    hidden, labels = hidden_states(model, input_ids, **options)[:, :-1], input_ids[:, 1:]
-    stretch = max(1, LOGITS_AT_ONCE // (model.config.vocab_size * len(input_ids)))
-    parts = []
-    for begin in range(0, labels.shape[1], stretch):
-        logits = logits_of(model, hidden[:, begin : begin + stretch]).float()
-        answers = labels[:, begin : begin + stretch]
-        parts.append(F.cross_entropy(logits.transpose(1, 2), answers, reduction="none"))
-    return torch.cat(parts, dim=1)
 
 
 def _add(sample: Sample, losses: Tensor, begin: int) -> None:

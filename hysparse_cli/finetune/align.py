@@ -1,4 +1,4 @@
-"""Aligning sparse layers with a dense teacher's, each fed what the dense layer reads.
+"""Aligns sparse layers with a dense teacher's, each fed what the dense layer reads.
 
 Every student layer gets the teacher's hidden states instead of those of the layer before, so that
 a layer's error is its own. The hooks stay on the model, since gradient checkpointing runs layers
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hysparse_cli.families import family_of
-from hysparse_cli.finetune.data import Row
+from hysparse_cli.finetune.context_parallel import LocalBatch
 from hysparse_cli.finetune.losses import LossSums, relative_error, weighted
-from hysparse_cli.finetune.part import Part, Processes
 from hysparse_cli.model.config import spec_of
 
 _KEYWORD = "hysparse_align"
@@ -30,16 +29,16 @@ class Recording:
     errors: by sparse layer, the student's relative squared error. (B, t, hidden) each; (B,).
     """
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    def __init__(self, batch: LocalBatch) -> None:
+        self.batch = batch
         self.inputs: list[Tensor] = []
         self.outputs: dict[int, Tensor] = {}
         self.errors: dict[int, Tensor] = {}
         self.carried: Tensor | None = None
 
 
-def align_sums(model: Any, batch: Row, teacher: Any, processes: Processes = None) -> LossSums:
-    """How far the sparse layers' attention is from the teacher's on one packed batch.
+def align_sums(model: Any, batch: LocalBatch, teacher: Any) -> LossSums:
+    """How far the sparse layers' attention is from the teacher's.
 
         align = sum over rows of n mean over sparse layers of ||o - o'||^2 / ||o'||^2
 
@@ -48,24 +47,20 @@ def align_sums(model: Any, batch: Row, teacher: Any, processes: Processes = None
     the teacher's.
 
     Args:
-        batch: what ``PackedRows`` yields, (B, T) each.
         teacher: the dense model; its layers correspond to ``model``'s one by one.
-        processes: that split the batch's rows, or None.
     """
     spec = spec_of(model.config)
     assert spec is not None and spec.layers.sparse_layers, "check_objectives looks before"
     sparse = spec.layers.sparse_layers
-    part = Part(batch, processes)
-    with torch.no_grad(), _recorded(teacher, sparse, part) as recording:
-        part.last_states(teacher)
+    with torch.no_grad(), _recorded(teacher, sparse, batch) as recording:
+        batch.last_states(teacher)
     if not getattr(model, _HOOKED, False):
         _hook(model, sparse)
         setattr(model, _HOOKED, True)
-    last = part.last_states(model, **{_KEYWORD: recording})
-    align = weighted(part, [recording.errors[layer] for layer in sparse])
+    last = batch.last_states(model, **{_KEYWORD: recording})
+    align = weighted(batch, [recording.errors[layer] for layer in sparse])
     align = align + last[:0].float().sum()
-    zero = torch.zeros_like(align)
-    return LossSums(align, zero, zero, align, zero)
+    return LossSums(align, {"align_loss": align})
 
 
 def _after(value: Tensor, earlier: Tensor) -> Tensor:
@@ -93,9 +88,9 @@ class _After(torch.autograd.Function):
 
 
 @contextmanager
-def _recorded(teacher: Any, sparse: Sequence[int], part: Part) -> Iterator[Recording]:
-    """Records the teacher's forwards inside, over ``part``."""
-    recording, handles = Recording(part), []
+def _recorded(teacher: Any, sparse: Sequence[int], batch: LocalBatch) -> Iterator[Recording]:
+    """Record the teacher's forward inside, over ``batch``."""
+    recording, handles = Recording(batch), []
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         recording.inputs.append(args[0] if args else kwargs["hidden_states"])
@@ -160,7 +155,7 @@ class _LayerHooks:
         recording: Recording | None = kwargs.get(_KEYWORD)
         if recording is not None:
             target = recording.outputs[self.layer]
-            error = relative_error(_first(output), target, recording.part)
+            error = relative_error(_first(output), target, recording.batch)
             recording.errors.setdefault(self.layer, error)  # checkpointing comes here twice
 
     def after(

@@ -1,4 +1,4 @@
-"""How a run begins: anew, from a saved state, as more of a finished run, or not at all."""
+"""Begins a run: anew, from a saved state, as more of a finished run, or not at all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

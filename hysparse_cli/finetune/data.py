@@ -1,4 +1,4 @@
-"""Documents packed into rows of a fixed length, in an order that a saved state can go on from."""
+"""Packs documents into rows of a fixed length, whose order a saved state can go on from."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.texts.corpus import Corpus, Position, corpus_of
 from hysparse_cli.texts.documents.pieces import PIECE_CHARACTERS, Piece, encode_piece
@@ -104,6 +105,45 @@ class PackedRows:
                 ids = next(encoded) if piece.is_whole else encode_piece(self.tokenizer, piece)
                 ended = bool(piece.after) or end is None or ids[-1:] == [end]
                 yield place, piece, ids if ended else [*ids, end]
+
+
+def rows_of_step(options: FinetuneOptions, num_processes: int) -> int:
+    """How many rows a step reads, in all processes together.
+
+    Raises: InvalidRecipe where they can't be shared out evenly.
+    """
+    size = options.sequence_parallel_size
+    if num_processes % size:
+        raise InvalidRecipe(
+            f"finetune.sequence_parallel_size is {size}, but the run has {num_processes} "
+            f"process{'es' * (num_processes > 1)}: make their number a multiple of it "
+            "(--nproc-per-node)"
+        )
+    rows = options.batch_size * options.gradient_accumulation
+    data_parallel_size = num_processes // size
+    if rows % data_parallel_size:
+        who = f"{data_parallel_size} processes"
+        if size > 1:
+            who = f"{data_parallel_size} groups of {size} processes"
+        raise InvalidRecipe(
+            f"a step reads {rows} rows (finetune.batch_size {options.batch_size} x "
+            f"gradient_accumulation {options.gradient_accumulation}), which {who} can't share "
+            "evenly: make it a multiple of them"
+        )
+    return rows
+
+
+def own_batches(step: list[Row], rank: int, size: int, batch_size: int) -> Iterator[Row]:
+    """The rows of a step that one of ``size`` data-parallel ranks computes, (B, T) each.
+
+    Rank r takes rows r, r + size, ...: so a step has the same rows whatever ``size`` is. They come
+    in equal batches of at most ``batch_size``. Context-parallel processes are one rank together.
+    """
+    own = step[rank::size]
+    largest = next(n for n in range(batch_size, 0, -1) if len(own) % n == 0)
+    for begin in range(0, len(own), largest):
+        rows = own[begin : begin + largest]
+        yield {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _groups(

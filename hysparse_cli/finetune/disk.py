@@ -1,4 +1,4 @@
-"""The disk that a run needs, known from headers before anything is loaded."""
+"""Estimates the disk that a run needs, from headers, before anything is loaded."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,9 +10,8 @@ from typing import Any
 
 from hysparse_cli.errors import OutOfResources
 from hysparse_cli.files.checkpoint import Checkpoint, StoredTensor, open_checkpoint
-from hysparse_cli.finetune.lora import adapts_sparse_only
 from hysparse_cli.finetune.state import saved_state, state_folder
-from hysparse_cli.finetune.weights import NEW, attention_names, in_group
+from hysparse_cli.finetune.trainable import NEW, adapts_sparse_only, attention_names, in_group
 from hysparse_cli.recipe import FinetuneOptions
 
 STATE_BYTES = 12  # of a trained parameter: its weight and AdamW's two moments, in float32

@@ -1,4 +1,4 @@
-"""The processes of a run, as torch's collectives see them; one process is a group of one."""
+"""Joins the processes of a run for torch's collectives; one process is a world of one."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from hysparse_cli.processes import is_launched, rank, world_size
 
 T = TypeVar("T")
 
-_AXES = ("steps", "rows")  # what processes share out, of a step's rows and of a row's tokens
+_AXES = ("data_parallel", "context_parallel")  # divide a step's rows, and a row's tokens
 _LOST = (
     "another process of this run ended without a word, perhaps killed for want of host memory; "
     "where state was saved, --resume auto goes on from it"
@@ -25,17 +25,18 @@ _LOST = (
 
 
 @dataclass(frozen=True)
-class Group:
+class World:
     """``device`` is this process's own; ``mesh`` has one dimension, over all processes.
 
-    ``sequence``: the processes that split their rows with this one, neighbours in rank; or None.
+    ``context_parallel``: the processes that divide their rows' tokens with this one, neighbours in
+    rank; or None.
     """
 
     rank: int
-    world_size: int
+    size: int
     device: torch.device
     mesh: DeviceMesh
-    sequence: dist.ProcessGroup | None
+    context_parallel: dist.ProcessGroup | None
 
     @property
     def is_first(self) -> bool:
@@ -44,7 +45,7 @@ class Group:
 
     def gathered(self, values: Tensor) -> Tensor:
         """(n,) of this process -> (processes, n), the same in all, in the order of the ranks."""
-        found = [torch.empty_like(values) for _ in range(self.world_size)]
+        found = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(found, values)
         return torch.stack(found)
 
@@ -56,20 +57,21 @@ class Group:
 
     def from_each(self, value: T) -> list[T]:
         """What every process gives, in the order of the ranks."""
-        values: list[T | None] = [None] * self.world_size
+        values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
 
 @contextmanager
-def joined(device: str, sequence_parallel_size: int = 1) -> Iterator[Group]:
-    """The group of the processes that a launcher started with this one, or this one alone.
+def joined(device: str, sequence_parallel_size: int = 1) -> Iterator[World]:
+    """The world of the processes that a launcher started with this one, or this one alone.
 
     Args:
         device: "auto", "cpu" or "cuda"; of several CUDA devices each process has its own.
-        sequence_parallel_size: how many processes split their rows; divides their number.
+        sequence_parallel_size: how many processes divide each row's tokens; their number is a
+            multiple of it.
     Raises: OutOfResources where there are fewer devices than processes, or another process of the
-        group ended without a word.
+        world ended without a word.
     """
     target = resolve_device(device)
     if target.type == "cuda":
@@ -84,11 +86,12 @@ def joined(device: str, sequence_parallel_size: int = 1) -> Iterator[Group]:
     failed = True
     try:
         mesh = init_device_mesh(target.type, (world_size(),))
-        sequence = None
+        context_parallel = None
         if sequence_parallel_size > 1:
             shape = (world_size() // sequence_parallel_size, sequence_parallel_size)
-            sequence = init_device_mesh(target.type, shape, mesh_dim_names=_AXES).get_group("rows")
-        yield Group(rank(), world_size(), target, mesh, sequence)
+            axes = init_device_mesh(target.type, shape, mesh_dim_names=_AXES)
+            context_parallel = axes.get_group(_AXES[1])
+        yield World(rank(), world_size(), target, mesh, context_parallel)
         failed = False
     except RuntimeError as error:
         if world_size() > 1 and _lost_another(error):

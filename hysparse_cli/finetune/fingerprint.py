@@ -1,4 +1,4 @@
-"""What a checkpoint and data hold, in a few hashes: quick, and the same wherever they lie.
+"""Hashes what a checkpoint and data hold: quickly, and the same wherever they lie.
 
 Of large files samples are hashed. What they miss: a change inside a tensor, or a data file of a
 gigabyte and more, that lies between the samples and leaves every size as it was.

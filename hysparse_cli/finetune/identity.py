@@ -1,4 +1,4 @@
-"""Which run a state or a finished checkpoint belongs to, and whether it may be gone on with.
+"""Tells which run a state or a finished checkpoint belongs to, and what may change when it goes on.
 
 A run is the content of its checkpoint, teacher and data, wherever they lie, and its options. What
 may change of them, and what is then still the same:
@@ -30,7 +30,7 @@ from hysparse_cli.recipe.finetune import Stage
 
 @dataclass(frozen=True)
 class Run:
-    """What makes a run, of numbers and strings alone.
+    """What makes a run, of only numbers and strings.
 
     checkpoint, teacher, data: hashes (fingerprint.py). options: those that may not change. asked:
     the stages that the options say; stages: those that are run, ``Stage`` as dicts.

@@ -1,4 +1,4 @@
-"""Starting the processes of a run on one machine, with torch's own elastic launcher."""
+"""Starts the processes of a run on one machine, with torch's own elastic launcher."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from hysparse_cli.errors import HysparseError, Interrupted, OutOfResources
-from hysparse_cli.finetune.share import rows_of_step
+from hysparse_cli.finetune.data import rows_of_step
 from hysparse_cli.finetune.state import kept_of
 from hysparse_cli.processes import claimed_exit_code, running
 from hysparse_cli.recipe import FinetuneOptions

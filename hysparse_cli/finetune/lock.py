@@ -1,4 +1,4 @@
-"""One run at a time for an output: a lock on OUT.state, which the system lets go of with its owner.
+"""Locks OUT.state, so that one run at a time writes an output; the lock ends with its owner.
 
 The folder is there while a run is, and goes with it where no state is in it.
 """
@@ -20,7 +20,7 @@ _HELD = {errno.EACCES, errno.EAGAIN}
 
 @contextmanager
 def locked(folder: Path, on_note: Callable[[str], None]) -> Iterator[None]:
-    """Hold ``folder``, made where there is none, for this process alone.
+    """Hold ``folder``, made where there is none, for this process only.
 
     Raises: InvalidRecipe where another run holds it; OutOfResources where it can't be written.
     """

@@ -1,4 +1,4 @@
-"""Writing a run's scalars for TensorBoard or Weights & Biases, from the first process."""
+"""Writes each step's numbers for TensorBoard or Weights & Biases, from the first process."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli.errors import InvalidRecipe, writes
-from hysparse_cli.finetune.distributed import Group
-from hysparse_cli.finetune.result import PARTS, Progress
+from hysparse_cli.finetune.distributed import World
+from hysparse_cli.finetune.result import Progress
 from hysparse_cli.recipe import FinetuneOptions
 
 Log = Callable[[Progress], None]
 
 
 def logs_folder(out: Path) -> Path:
-    """Where the scalars of a run that writes ``out`` lie."""
+    """Where the log of a run that writes ``out`` lies."""
     return out.with_name(f"{out.name}.logs")
 
 
@@ -29,9 +29,9 @@ def check_package(log_to: str | None) -> None:
 
 
 @contextmanager
-def scalars(out: Path, options: FinetuneOptions, resumed_at: int, group: Group) -> Iterator[Log]:
+def step_log(out: Path, options: FinetuneOptions, resumed_at: int, world: World) -> Iterator[Log]:
     """What to tell each step of a run that goes on after step ``resumed_at``."""
-    if options.log_to is None or not group.is_first:
+    if options.log_to is None or not world.is_first:
         yield lambda now: None
         return
     folder = logs_folder(out)
@@ -48,10 +48,9 @@ def scalars(out: Path, options: FinetuneOptions, resumed_at: int, group: Group) 
 
 def _of(now: Progress) -> dict[str, float]:
     step = now.step
-    names = {shown: key for key, shown in PARTS.items()}
     return {
         "loss": step.loss,
-        **{names[shown]: value for shown, value in step.parts().items()},
+        **step.losses,
         "learning_rate": step.learning_rate,
         "gradient_norm": step.gradient_norm,
         "tokens_per_second": now.tokens_per_second,
@@ -96,8 +95,8 @@ def _wandb(out: Path, options: FinetuneOptions, resumed_at: int) -> Iterator[Wri
     except wandb.Error as error:
         reason = " ".join(str(error).split())
         raise InvalidRecipe(
-            f"finetune.log_to is 'wandb', which refuses: {reason}; WANDB_MODE=offline writes to "
-            f"{folder} alone"
+            f"finetune.log_to is 'wandb', which refuses: {reason}; WANDB_MODE=offline writes only "
+            f"to {folder}"
         ) from None
     try:
         yield lambda values, number: run.log(values, step=number)

@@ -1,7 +1,7 @@
-"""Reading the table of a saved state's tensors, a pickle, without running what it may hold.
+"""Reads the table of a saved state's tensors, a pickle, without running what it may hold.
 
 torch unpickles ``.metadata`` whatever it names, and an entry that is no tensor once more. Here it
-may name what such a table is made of and nothing else, and holds tensors alone.
+may name what such a table is made of and nothing else, and holds only tensors.
 """
 
 import io

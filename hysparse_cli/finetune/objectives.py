@@ -1,39 +1,28 @@
-"""What a stage of healing minimises, one row an objective."""
+"""Lists what a stage may minimise, a row each, and refuses models that an objective can't serve."""
 
 from collections.abc import Callable
 from typing import Any
 
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.finetune.align import align_sums
-from hysparse_cli.finetune.data import Row
+from hysparse_cli.finetune.context_parallel import LocalBatch
 from hysparse_cli.finetune.losses import LossSums, distill_sums, next_token_sums
-from hysparse_cli.finetune.part import Processes
 from hysparse_cli.model.config import spec_of
 from hysparse_cli.recipe.finetune import Stage
 
-Objective = Callable[..., LossSums]  # of model, batch, teacher, stage, processes
+Objective = Callable[[Any, LocalBatch, Any, Stage], LossSums]  # of model, batch, teacher, stage
 
-
-def _align(
-    model: Any, batch: Row, teacher: Any | None, stage: Stage, processes: Processes = None
-) -> LossSums:
-    return align_sums(model, batch, teacher, processes)
-
-
-def _distill(
-    model: Any, batch: Row, teacher: Any | None, stage: Stage, processes: Processes = None
-) -> LossSums:
-    weights = {"distill_weight": stage.distill_weight, "hidden_weight": stage.hidden_weight}
-    return distill_sums(model, batch, teacher, processes, **weights)
-
-
-def _train(
-    model: Any, batch: Row, teacher: Any | None, stage: Stage, processes: Processes = None
-) -> LossSums:
-    return next_token_sums(model, batch, processes)
-
-
-OBJECTIVES: dict[str, Objective] = {"align": _align, "distill": _distill, "train": _train}
+OBJECTIVES: dict[str, Objective] = {
+    "align": lambda model, batch, teacher, stage: align_sums(model, batch, teacher),
+    "distill": lambda model, batch, teacher, stage: distill_sums(
+        model,
+        batch,
+        teacher,
+        distill_weight=stage.distill_weight,
+        hidden_weight=stage.hidden_weight,
+    ),
+    "train": lambda model, batch, teacher, stage: next_token_sums(model, batch),
+}
 
 
 def check_objectives(stages: list[Stage], model: Any, teacher: Any | None) -> None:

@@ -1,4 +1,4 @@
-"""Writing the finetuned checkpoint: as the one it came from, with new weights."""
+"""Writes the finetuned checkpoint, with new weights and all else as in the one it came from."""
 
 import json
 import shutil
@@ -16,8 +16,9 @@ from hysparse_cli.convert.card import UNTRAINED
 from hysparse_cli.errors import HysparseError
 from hysparse_cli.files.checkpoint import copy_side_files
 from hysparse_cli.files.reading import read_json, read_yaml
-from hysparse_cli.finetune.lora import merged
+from hysparse_cli.finetune.losses import LOSSES
 from hysparse_cli.finetune.result import SCHEMA, FinetuneResult
+from hysparse_cli.finetune.trainable import merged
 from hysparse_cli.model.loading import load
 from hysparse_cli.recipe import FinetuneOptions, lasting, to_yaml
 from hysparse_cli.recipe.finetune import Stage
@@ -65,15 +66,24 @@ def result_in(out: Path) -> FinetuneResult | None:
     content = read_json(report) if report.is_file() else None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         return None
+    steps = content.get("steps")
+    nested = [_nested(step) for step in steps] if isinstance(steps, list) else None
     try:
         found = TypeAdapter(FinetuneResult).validate_python(
-            content | {"bad_rows": content.get("skipped_rows")}
+            content | {"bad_rows": content.get("skipped_rows"), "steps": nested}
         )
     except ValidationError:
         return None
     stages = (*found.run.asked, *found.run.stages)
     known = all(set(s) == set(Stage.model_fields) and type(s["steps"]) is int for s in stages)
     return replace(found, out=out, finished_before=True) if known and found.steps else None
+
+
+def _nested(step: Any) -> Any:
+    """A step of the report, as ``Step`` has it."""
+    if not isinstance(step, dict):
+        return None
+    return step | {"losses": {name: step[name] for name in LOSSES if name in step}}
 
 
 def _trained(card: str, result: FinetuneResult) -> str:

@@ -1,50 +1,48 @@
-"""What a finetuning run reports: each step as it happens, and the whole at the end."""
+"""Reports a finetuning run: each step as it happens, and the whole at the end."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hysparse_cli.finetune.identity import Run
+from hysparse_cli.finetune.losses import LOSSES
 from hysparse_cli.texts.documents import BadRows
 
-SCHEMA = "hysparse.finetune/3"
+SCHEMA = "hysparse.finetune/4"
 SHOWN_STEPS = 10
-PARTS = {
-    "next_token_loss": "next-token loss",
-    "distill_loss": "KL to teacher",
-    "align_loss": "attention error",
-    "hidden_loss": "hidden state error",
-}
 
 
 @dataclass(frozen=True)
 class Step:
     """One optimiser step. ``number`` counts from 1 over all stages, ``stage`` from 1.
 
-    ``loss`` is what is minimised, per predicted token. ``next_token_loss`` and ``distill_loss``,
-    KL(teacher || model), are in nats, ``align_loss`` and ``hidden_loss`` are relative squared
-    errors; each is 0 where the stage does not measure it. ``tokens`` are those that were predicted.
-    ``seconds`` are this step's, from reading its data to its update. ``peak_memory_bytes`` so far
-    is of the fullest GPU, or of the largest process on a CPU.
+    ``loss`` is what is minimised, per predicted token; ``losses`` are what the stage measured, by
+    the names of LOSSES. ``next_token_loss`` and ``distill_loss``, KL(teacher || model), are in
+    nats, ``align_loss`` and ``hidden_loss`` are relative squared errors. ``tokens`` are those that
+    were predicted. ``seconds`` are this step's, from reading its data to its update.
+    ``peak_memory_bytes`` so far is of the fullest GPU, or of the largest process on a CPU.
     """
 
     number: int
     stage: int
     objective: str
     loss: float
-    next_token_loss: float
-    distill_loss: float
-    align_loss: float
-    hidden_loss: float
+    losses: dict[str, float]
     learning_rate: float
     gradient_norm: float
     tokens: int
     seconds: float = field(compare=False)
     peak_memory_bytes: int = field(compare=False)
 
-    def parts(self) -> dict[str, float]:
-        """The parts of the loss that the stage measures, by what people call them."""
-        return {name: value for key, name in PARTS.items() if (value := getattr(self, key))}
+    def titled_losses(self) -> dict[str, float]:
+        """What the stage measured, by what people call it."""
+        return {title: self.losses[name] for name, title in LOSSES.items() if name in self.losses}
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, each loss a field of its own."""
+        content = asdict(self)
+        losses: dict[str, float] = content.pop("losses")
+        return {**content, **losses}
 
 
 @dataclass(frozen=True)
@@ -94,25 +92,26 @@ class FinetuneResult:
             title=f"{self.checkpoint} → {self.out}", caption=self._caption(), box=box.SIMPLE_HEAD
         )
         shown, many_stages = self._shown(), self.steps[-1].stage > 1
-        measured = {name for step in self.steps for name in step.parts()}
-        parts = [name for name in PARTS.values() if name in measured]
+        measured = {title for step in self.steps for title in step.titled_losses()}
+        titles = [title for title in LOSSES.values() if title in measured]
         stage = ["stage"] if many_stages else []
-        for column in ("step", *stage, *parts, "learning rate", "gradient norm"):
+        for column in ("step", *stage, *titles, "learning rate", "gradient norm"):
             table.add_column(column, justify="right")
         for step in shown:
-            losses = step.parts()
+            losses = step.titled_losses()
             table.add_row(
                 str(step.number),
                 *([f"{step.stage} {step.objective}"] if many_stages else []),
-                *(f"{losses[name]:.4f}" if name in losses else "" for name in parts),
+                *(f"{losses[title]:.4f}" if title in losses else "" for title in titles),
                 f"{step.learning_rate:.1e}",
                 f"{step.gradient_norm:.2f}",
             )
         return table
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, with the loss of every step."""
+        """Everything, with the losses of every step."""
         content = asdict(self) | {"out": str(self.out), "skipped_rows": self.bad_rows.as_json()}
+        content["steps"] = [step.as_json() for step in self.steps]
         del content["bad_rows"]
         tokens = sum(step.tokens for step in self.steps)
         return {"schema": SCHEMA, "tokens": tokens, **content}

@@ -1,4 +1,4 @@
-"""From a checkpoint and options to a finetuned checkpoint."""
+"""Trains a checkpoint as the options say and writes the result."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,25 +12,23 @@ from hysparse_cli.errors import Interrupted, InvalidRecipe
 from hysparse_cli.files.output import staged
 from hysparse_cli.files.source import locate
 from hysparse_cli.finetune.begin import Start, begin, inputs_of
-from hysparse_cli.finetune.data import PackedRows
-from hysparse_cli.finetune.distributed import Group, joined
+from hysparse_cli.finetune.context_parallel import prepare_attention
+from hysparse_cli.finetune.data import PackedRows, rows_of_step
+from hysparse_cli.finetune.distributed import World, joined
 from hysparse_cli.finetune.lock import locked
-from hysparse_cli.finetune.log import check_package, scalars
-from hysparse_cli.finetune.lora import add_adapters, check_peft
+from hysparse_cli.finetune.log import check_package, step_log
 from hysparse_cli.finetune.objectives import check_objectives
 from hysparse_cli.finetune.output import write_checkpoint
 from hysparse_cli.finetune.result import FinetuneResult, Progress
-from hysparse_cli.finetune.sequence import prepare_rows
 from hysparse_cli.finetune.sharding import sharded, whole
-from hysparse_cli.finetune.share import rows_of_step
 from hysparse_cli.finetune.state import (
     check_folder,
     kept_of,
     remove_state,
     state_folder,
 )
+from hysparse_cli.finetune.trainable import add_adapters, check_peft, select_trainable
 from hysparse_cli.finetune.trainer import Trainer
-from hysparse_cli.finetune.weights import select_trainable
 from hysparse_cli.model.loading import Loaded, load
 from hysparse_cli.processes import world_size
 from hysparse_cli.recipe import FinetuneOptions
@@ -64,14 +62,14 @@ def finetune(
     rows_of_step(options, world_size())
     check_folder(out)
     with (
-        joined(options.device, options.sequence_parallel_size) as group,
+        joined(options.device, options.sequence_parallel_size) as world,
         _interruptible(out),
-        locked(state_folder(out), on_note) if group.is_first else nullcontext(),
+        locked(state_folder(out), on_note) if world.is_first else nullcontext(),
     ):
         found = None
-        if group.is_first:
-            found = begin(out, source, options, group.device, on_note)
-        start = group.from_first(found)
+        if world.is_first:
+            found = begin(out, source, options, world.device, on_note)
+        start = world.from_first(found)
         if isinstance(start, FinetuneResult):
             return start
         assert start is not None
@@ -79,20 +77,20 @@ def finetune(
             lambda done, total: on_stage(f"checking {options.data} (MB)", done >> 20, total >> 20)
         )
         with out_of_memory_is(_out_of_memory(options)):
-            trainer, result = _train(checkpoint, out, start, group, corpus, on_step, on_note)
+            trainer, result = _train(checkpoint, out, start, world, corpus, on_step, on_note)
         on_stage(f"writing {out.name}", 0, 1)
         weights = {}
         for name, weight in whole(trainer.trained.items()):
-            if group.is_first:
+            if world.is_first:
                 weights[name] = weight.cpu()
-        if group.is_first:
+        if world.is_first:
             asked = options if start.run.asked == start.run.stages else start.options
             inputs = inputs_of(source, options)
             with staged(out, overwrite=start.replaces, inputs=inputs) as folder:
                 write_checkpoint(folder, checkpoint, weights, asked, result)
             if not options.keep_state:
                 remove_state(out)
-        group.from_first(None)  # nobody leaves before the checkpoint is there
+        world.from_first(None)  # nobody leaves before the checkpoint is there
     return result
 
 
@@ -100,33 +98,35 @@ def _train(
     checkpoint: str,
     out: Path,
     start: Start,
-    group: Group,
+    world: World,
     corpus: Corpus,
     on_step: Callable[[Progress], None],
     on_note: Callable[[str], None],
 ) -> tuple[Trainer, FinetuneResult]:
     options = start.options
-    torch.manual_seed(options.seed + group.rank)
+    torch.manual_seed(options.seed + world.rank)
     loaded, teacher = _load_models(checkpoint, options)
-    prepare_rows(loaded.model, checkpoint, options.sequence_parallel_size, trained=True)
+    prepare_attention(loaded.model, checkpoint, options.sequence_parallel_size, trained=True)
     if teacher is not None:
-        prepare_rows(teacher, str(options.teacher), options.sequence_parallel_size, trained=False)
+        prepare_attention(
+            teacher, str(options.teacher), options.sequence_parallel_size, trained=False
+        )
     if options.lora_rank is not None:
         add_adapters(loaded.model, options)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     names = _trained_names(loaded.model, options)
     if options.gradient_checkpointing:
         _checkpoint_activations(loaded.model)
-    healing = sharded(loaded.model, teacher, names, group)
+    module = sharded(loaded.model, teacher, names, world)
     trained = {name: p for name, p in loaded.model.named_parameters() if name in names}
     rows = PackedRows(options, loaded.tokenizer, corpus)
-    trainer = Trainer(healing, trained, rows, start, group)
+    trainer = Trainer(module, trained, rows, start, world)
     if start.saved is not None:
         trainer.resume(start.saved)
     for line in start.said:
         on_note(line)
     resumed_at = len(trainer.history)
-    with scalars(out, options, resumed_at, group) as log:
+    with step_log(out, options, resumed_at, world) as log:
 
         def both(now: Progress) -> None:
             log(now)
@@ -138,8 +138,8 @@ def _train(
         checkpoint=checkpoint,
         teacher=options.teacher if teacher is not None else None,
         out=out,
-        device=group.device.type,
-        num_processes=group.world_size,
+        device=world.device.type,
+        num_processes=world.size,
         dtype=dtype,
         num_trained=sum(parameter.numel() for parameter in trained.values()),
         resumed_at=resumed_at,
@@ -187,7 +187,7 @@ def _trained_names(model: Any, options: FinetuneOptions) -> set[str]:
 
 def _checkpoint_activations(model: Any) -> None:
     """Recompute each layer for its gradient; reentrant checkpointing would give wrong ones."""
-    name = "activation_checkpointing_enable"  # transformers 5.17 has the other alone
+    name = "activation_checkpointing_enable"  # transformers 5.17 has only the other
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 

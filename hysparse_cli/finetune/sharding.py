@@ -1,4 +1,4 @@
-"""A model and its teacher under FSDP2: float32 weights spread over the processes, compute in fewer.
+"""Shards a model and its teacher with FSDP2: float32 weights, computed with in fewer bits.
 
 The same in one process, where FSDP2 leaves its collectives out: it took a twentieth more time than
 the plain model on a CPU in float32, less than the plain model with float32 copies of its weights in
@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from hysparse_cli.finetune.context_parallel import LocalBatch
 from hysparse_cli.finetune.data import Row
-from hysparse_cli.finetune.distributed import Group
+from hysparse_cli.finetune.distributed import World
 from hysparse_cli.finetune.objectives import OBJECTIVES
-from hysparse_cli.finetune.part import Processes
-from hysparse_cli.finetune.weights import select_trainable
+from hysparse_cli.finetune.trainable import select_trainable
 from hysparse_cli.recipe.finetune import Stage
 
 
@@ -26,31 +27,33 @@ class ObjectiveModule(nn.Module):
 
     An objective calls the decoder and the head of a model by themselves (model/logits.py), so that
     the model can't be the root: embeddings, the last norm and the head must be there for all of it.
-    ``processes`` are those that split their rows with this one.
+    ``processes`` are the context-parallel ones, this one among them.
     """
 
-    def __init__(self, model: Any, teacher: Any | None, processes: Processes):
+    def __init__(self, model: Any, teacher: Any | None, processes: ProcessGroup | None):
         super().__init__()
         self.model, self.teacher, self.processes = model, teacher, processes
 
-    def forward(self, batch: Row, stage: Stage) -> tuple[Tensor, Tensor]:
-        """What is minimised, a scalar, and the ``LossSums`` as (5,) without gradient."""
+    def forward(self, batch: Row, stage: Stage) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is minimised, a scalar, and without gradient all that was measured, it as "loss"."""
         objective = OBJECTIVES[stage.objective]
-        sums = objective(self.model, batch, self.teacher, stage, self.processes)
-        return sums.total.clone(), torch.stack([part.detach() for part in sums])
+        local = LocalBatch(batch, self.processes)
+        total, measured = objective(self.model, local, self.teacher, stage)
+        sums = {"loss": total} | measured
+        return total.clone(), {name: value.detach() for name, value in sums.items()}
 
 
 def sharded(
-    model: Any, teacher: Any | None, trained: Iterable[str], group: Group
+    model: Any, teacher: Any | None, trained: Iterable[str], world: World
 ) -> ObjectiveModule:
-    """Spread a model, and with several processes its teacher, over ``group``'s devices.
+    """Spread a model, and with several processes its teacher, over ``world``'s devices.
 
     A bfloat16 weight can't take a step below 1/256 of itself, so weights that are trained are
     float32 from here on; forward and backward are computed in the dtype the model came in, and
     gradients are added up in float32.
 
     Args:
-        model: on the CPU or the group's device, as is ``teacher``.
+        model: on the CPU or the world's device, as is ``teacher``.
         trained: names of the parameters that any stage trains.
     """
     policy = MixedPrecisionPolicy(
@@ -60,25 +63,28 @@ def sharded(
     )
     names = set(trained)
     masters = {parameter for name, parameter in model.named_parameters() if name in names}
-    healing = ObjectiveModule(model, teacher, group.sequence)
-    alone: set[nn.Parameter] = set()
-    if teacher is not None and group.world_size == 1:
-        alone = set(teacher.to(group.device).parameters())
-    layers = [*_layers(model), *(_layers(teacher) if teacher is not None and not alone else [])]
-    for unit in (*layers, healing):
+    module = ObjectiveModule(model, teacher, world.context_parallel)
+    replicated: set[nn.Parameter] = set()
+    if teacher is not None and world.size == 1:
+        replicated = set(teacher.to(world.device).parameters())
+    layers = [
+        *_layers(model),
+        *(_layers(teacher) if teacher is not None and not replicated else []),
+    ]
+    for unit in (*layers, module):
         for parameter in masters.intersection(unit.parameters()):
             parameter.data = parameter.data.float()
             masters.remove(parameter)
-        fully_shard(unit, mesh=group.mesh, mp_policy=policy, ignored_params=alone)
-    return healing
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy, ignored_params=replicated)
+    return module
 
 
-def train_only(healing: ObjectiveModule, trainable: str) -> dict[str, nn.Parameter]:
+def train_only(module: ObjectiveModule, trainable: str) -> dict[str, nn.Parameter]:
     """``select_trainable`` for a sharded model."""
-    chosen = select_trainable(healing.model, trainable)
-    for unit in (module for module in healing.modules() if isinstance(module, FSDPModule)):
+    chosen = select_trainable(module.model, trainable)
+    for unit in (child for child in module.modules() if isinstance(child, FSDPModule)):
         unit.unshard()  # each parameter has a second one, which FSDP2 puts in its place meanwhile
-        for name, parameter in healing.model.named_parameters():
+        for name, parameter in module.model.named_parameters():
             parameter.requires_grad_(name in chosen)
         unit.reshard()
     return chosen

@@ -1,4 +1,4 @@
-"""The state of a run on disk, from which a killed run goes on exactly where it was.
+"""Saves the state of a run, from which a killed run goes on exactly where it was.
 
 It lies beside the output, in ``OUT.state/``: a folder for the last saved step, there whole or not
 at all, removed when OUT is there. In it are the sharded tensors, as torch.distributed.checkpoint
@@ -29,13 +29,13 @@ from hysparse_cli.errors import (
     writes,
 )
 from hysparse_cli.files.output import sync, sync_tree
-from hysparse_cli.finetune.distributed import Group
+from hysparse_cli.finetune.distributed import World
 from hysparse_cli.finetune.lock import LOCK
 from hysparse_cli.finetune.metadata import Reader
 from hysparse_cli.printable import printable, single_line
 from hysparse_cli.recipe import FinetuneOptions
 
-FORMAT = 3
+FORMAT = 4
 FACTS, _PARTIAL = "run.pt", "partial-"
 _STEP = re.compile(r"step-([0-9]{9,})")
 
@@ -128,30 +128,30 @@ def _steps(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def save_state(out: Path, number: int, tensors: Tensors, facts: Facts, group: Group) -> None:
+def save_state(out: Path, number: int, tensors: Tensors, facts: Facts, world: World) -> None:
     """Replace the saved state by that of step ``number``; killed at any moment, one stays, whole.
 
     Args:
-        tensors: named, of this process's share. facts: of the first process are kept.
+        tensors: named, of this process's shards. facts: of the first process are kept.
     Raises: OutOfResources where the disk is full or can't be written; the state before stays.
     """
-    folder, rng = state_folder(out), group.from_each(_rng_state())
+    folder, rng = state_folder(out), world.from_each(_rng_state())
     # a name of its own, which no process of a run that was killed still writes to
-    partial = folder / f"{_PARTIAL}{group.from_first(uuid.uuid4().hex[:8])}"
+    partial = folder / f"{_PARTIAL}{world.from_first(uuid.uuid4().hex[:8])}"
     try:
-        if group.is_first:
+        if world.is_first:
             _remove_partial(folder)
             partial.mkdir(parents=True)
-        group.from_first(None)
+        world.from_first(None)
         save(tensors, storage_writer=FileSystemWriter(partial, sync_files=False))  # below
-        if group.is_first:
+        if world.is_first:
             content = io.BytesIO()
             torch.save({"format": FORMAT, **facts, "rng": rng}, content)
             (partial / FACTS).write_bytes(content.getbuffer())
             sync_tree(partial)
             _replace(folder, partial, f"step-{number:09}")
     except BaseException as error:
-        if group.is_first:
+        if world.is_first:
             shutil.rmtree(partial, ignore_errors=True)
         if _interrupted(error):
             raise KeyboardInterrupt from error
@@ -205,13 +205,13 @@ def remove_state(out: Path) -> None:
         _remove_partial(folder)
 
 
-def restore_rng(facts: Facts, group: Group) -> None:
+def restore_rng(facts: Facts, world: World) -> None:
     """Set torch's random generators to where they were, on as many processes as there were."""
-    if len(facts["rng"]) != group.world_size:
+    if len(facts["rng"]) != world.size:
         return
-    own = facts["rng"][group.rank]
+    own = facts["rng"][world.rank]
     torch.set_rng_state(own["cpu"])
-    if own["cuda"] is not None and group.device.type == "cuda":
+    if own["cuda"] is not None and world.device.type == "cuda":
         torch.cuda.set_rng_state(own["cuda"])
 
 

@@ -1,4 +1,4 @@
-"""The training loop: stage after stage, in one process or in many."""
+"""Trains stage after stage, in one process or in many."""
 
 import resource
 import sys
@@ -16,15 +16,14 @@ from transformers import get_wsd_schedule
 
 from hysparse_cli.errors import UnreadableInput
 from hysparse_cli.finetune.begin import Start
-from hysparse_cli.finetune.data import PackedRows, Row
-from hysparse_cli.finetune.distributed import Group
+from hysparse_cli.finetune.data import PackedRows, Row, own_batches, rows_of_step
+from hysparse_cli.finetune.distributed import World
 from hysparse_cli.finetune.losses import count_targets
 from hysparse_cli.finetune.result import Progress, Step
 from hysparse_cli.finetune.sharding import ObjectiveModule, train_only
-from hysparse_cli.finetune.share import own_batches, rows_of_step
 from hysparse_cli.finetune.state import read_facts, read_tensors, restore_rng, save_state
+from hysparse_cli.finetune.trainable import decay_groups
 from hysparse_cli.finetune.watchdog import Watchdog
-from hysparse_cli.finetune.weights import decay_groups
 from hysparse_cli.recipe.finetune import Stage
 
 
@@ -32,7 +31,7 @@ class Trainer:
     """Everything that changes from step to step.
 
     Args:
-        healing: the sharded model and its teacher.
+        module: the sharded model and its teacher.
         trained: what any stage trains, by name, float32.
         rows: the data; every process reads all of it.
         start: with the stages to run.
@@ -40,17 +39,17 @@ class Trainer:
 
     def __init__(
         self,
-        healing: ObjectiveModule,
+        module: ObjectiveModule,
         trained: dict[str, nn.Parameter],
         rows: PackedRows,
         start: Start,
-        group: Group,
+        world: World,
     ):
-        self.healing, self.trained, self.rows = healing, trained, rows
-        self.start, self.options, self.group = start, start.options, group
+        self.module, self.trained, self.rows = module, trained, rows
+        self.start, self.options, self.world = start, start.options, world
         self.stages = self.options.resolved_stages()
         self.ends = list(accumulate(stage.steps for stage in self.stages))
-        self.rows_of_step = rows_of_step(self.options, group.world_size)
+        self.rows_of_step = rows_of_step(self.options, world.size)
         self.history: list[Step] = []
         self.watchdog = Watchdog(self.options)
         self._begin_stage(0, {})
@@ -62,7 +61,7 @@ class Trainer:
             the data is no good; OutOfResources where the disk is full while saving.
         """
         begun, first = time.perf_counter(), len(self.history)
-        self.healing.model.train()
+        self.module.model.train()
         rows = iter(self.rows)
         while (done := len(self.history)) < self.ends[-1]:
             if done == self.ends[self.stage]:
@@ -73,7 +72,7 @@ class Trainer:
             every = self.options.steps_between_saves
             if every and ((done + 1) % every == 0 or done + 1 == self.ends[-1]):
                 self._save(out)
-        self.healing.model.eval()
+        self.module.model.eval()
         return time.perf_counter() - begun
 
     def resume(self, saved: Path) -> None:
@@ -94,7 +93,7 @@ class Trainer:
                 "exp_avg_sq": torch.zeros_like(weight),
             }
         read_tensors(saved, self._tensors(facts["trained"]))
-        restore_rng(facts, self.group)
+        restore_rng(facts, self.world)
 
     def _begin_stage(self, number: int, moments: Mapping[Tensor, Any]) -> None:
         """The stage's schedule, where its steps so far have led it; data and ``moments`` of the
@@ -102,7 +101,7 @@ class Trainer:
         self.stage = number
         done = len(self.history) - (self.ends[number - 1] if number else 0)
         stage, options = self.stages[number], self.options
-        parameters = train_only(self.healing, stage.trainable)
+        parameters = train_only(self.module, stage.trainable)
         groups = decay_groups(parameters, options.weight_decay)
         self.optimizer = torch.optim.AdamW(
             [group | {"initial_lr": stage.learning_rate} for group in groups],
@@ -123,7 +122,7 @@ class Trainer:
         )
 
     def _step(self, stream: Iterator[Row]) -> Step:
-        stage, group, begun = self.stages[self.stage], self.group, time.perf_counter()
+        stage, world, begun = self.stages[self.stage], self.world, time.perf_counter()
         rows = list(islice(stream, self.rows_of_step))
         tokens = sum(count_targets(_alone(row)) for row in rows)
         if not tokens:
@@ -131,23 +130,22 @@ class Trainer:
                 f"data {self.options.data}: no token has another before it in its document, so "
                 "that nothing can be predicted: give longer documents"
             )
-        sums = torch.zeros(5, device=group.device)
+        sums: dict[str, Tensor] = {}  # the same names in each process
         size = self.options.sequence_parallel_size
-        reader, readers = group.rank // size, group.world_size // size
-        for batch in own_batches(rows, reader, readers, self.options.batch_size):
-            sums += self._backward(batch, stage, group.world_size / tokens)
-        found = group.gathered(torch.cat((sums.double(), self._peak_memory())))
-        loss, next_token, distill, align, hidden = (found[:, :-1].sum(0) / tokens).tolist()
+        rank, ranks = world.rank // size, world.size // size
+        for batch in own_batches(rows, rank, ranks, self.options.batch_size):
+            for name, value in self._backward(batch, stage, world.size / tokens).items():
+                sums[name] = sums[name] + value if name in sums else value
+        local = torch.stack(list(sums.values())).double()
+        found = world.gathered(torch.cat((local, self._peak_memory())))
+        losses = dict(zip(sums, (found[:, :-1].sum(0) / tokens).tolist(), strict=True))
         norm = self._clip()
         step = Step(
             number=len(self.history) + 1,
             stage=self.stage + 1,
             objective=stage.objective,
-            loss=loss,
-            next_token_loss=next_token,
-            distill_loss=distill,
-            align_loss=align,
-            hidden_loss=hidden,
+            loss=losses.pop("loss"),
+            losses=losses,
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             gradient_norm=norm,
             tokens=tokens,
@@ -160,17 +158,16 @@ class Trainer:
         self.schedule.step()
         return step
 
-    def _backward(self, batch: Row, stage: Stage, scale: float) -> Tensor:
-        """Add a batch's gradient; returns its ``LossSums``.
+    def _backward(self, batch: Row, stage: Stage, scale: float) -> dict[str, Tensor]:
+        """Add a batch's gradient; returns the sums that were measured.
 
         Args:
             scale: of the loss. FSDP2 takes the mean over the processes, hence times their number.
         """
-        on_device = {name: tensor.to(self.group.device) for name, tensor in batch.items()}
-        total, sums = self.healing(on_device, stage)
+        on_device = {name: tensor.to(self.world.device) for name, tensor in batch.items()}
+        total, sums = self.module(on_device, stage)
         (total * scale).backward()
-        parts: Tensor = sums
-        return parts
+        return dict(sums)
 
     def _clip(self) -> float:
         """The norm of the gradient, which is no longer than ``max_grad_norm`` afterwards."""
@@ -186,12 +183,12 @@ class Trainer:
 
     def _peak_memory(self) -> Tensor:
         """(1,) bytes: of the device where it is a GPU, else of the process."""
-        if self.group.device.type == "cuda":
+        if self.world.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return torch.tensor([peak], dtype=torch.float64, device=self.group.device)
+        return torch.tensor([peak], dtype=torch.float64, device=self.world.device)
 
     def _tensors(self, trained: Iterable[str]) -> dict[str, Any]:
         """What is sharded of the state, as it stands; reading it back fills it in place.
@@ -221,7 +218,7 @@ class Trainer:
             "rows": self.rows.state_dict(),
             "history": [asdict(step) for step in self.history],
         }
-        save_state(out, len(self.history), self._tensors(self.trained), facts, self.group)
+        save_state(out, len(self.history), self._tensors(self.trained), facts, self.world)
 
 
 def _alone(row: Row) -> Row:

@@ -1,7 +1,7 @@
-"""Attention over rows whose tokens are split over processes (DeepSpeed-Ulysses, arXiv 2309.14509).
+"""Computes attention over rows whose tokens processes divide (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-Outside attention a process has its share of each row's tokens, with all heads. For attention an
-all-to-all gives it all tokens of its share of the heads, and a second one takes the output back.
+Outside attention a process has its tokens of each row, with all heads. For attention an all-to-all
+gives it all tokens of its heads, and a second one takes the output back.
 Selection is per KV head, so that a full layer's lists, and the keys and values it serves, stay
 where they are: what HySparse's attention does with whole rows it does here with fewer heads.
 
@@ -21,22 +21,22 @@ from hysparse_cli.model.attention import dense_attention, hysparse_attention
 from hysparse_cli.model.state import ForwardOptions, ForwardState, document_starts
 from hysparse_kernels import KeyRange, causal
 
-SPLIT = "hysparse_split"
+CONTEXT_PARALLEL = "hysparse_context_parallel"
 
 
-class SplitRows:
-    """Rows of packed documents, each split over ``processes``: the first T / P tokens and so on.
+class ContextParallelRows:
+    """Rows of packed documents; of each, the first of P processes has the first T / P tokens.
 
     Args:
         position_ids: (B, T) of the whole rows, the same in each process; T a multiple of P.
-        processes: None is this one alone.
+        processes: None is only this one.
     """
 
     def __init__(self, position_ids: Tensor, processes: dist.ProcessGroup | None):
         self.position_ids, self.processes = position_ids, processes
-        self.rank, self.num_shares = 0, 1
+        self.rank, self.num_processes = 0, 1
         if processes is not None:
-            self.rank, self.num_shares = processes.rank(), processes.size()
+            self.rank, self.num_processes = processes.rank(), processes.size()
 
     @cached_property
     def key_range(self) -> KeyRange:
@@ -46,9 +46,9 @@ class SplitRows:
         first = document_starts(self.position_ids)
         return every if first is None else KeyRange(first, every.last)
 
-    def share(self, whole: Tensor, dim: int) -> Tensor:
+    def local(self, whole: Tensor, dim: int) -> Tensor:
         """This process's part of ``whole`` along ``dim``: of its tokens, or of its heads."""
-        return whole.chunk(self.num_shares, dim)[self.rank]
+        return whole.chunk(self.num_processes, dim)[self.rank]
 
     def total(self, partial: Tensor) -> Tensor:
         """The sum over the processes of what each found in its tokens; no gradient goes through."""
@@ -62,7 +62,7 @@ class SplitRows:
         """Give each process a part of dimension ``split``, and get all parts of ``join`` for it."""
         if self.processes is None:
             return x
-        parts = torch.stack(x.chunk(self.num_shares, split))
+        parts = torch.stack(x.chunk(self.num_processes, split))
         received: Tensor = _AllToAll.apply(parts, self.processes)  # type: ignore[no-untyped-call]
         return received.movedim(0, join).flatten(join, join + 1)
 
@@ -84,7 +84,7 @@ class _AllToAll(torch.autograd.Function):
         return returned, None
 
 
-def split_attention(
+def context_parallel_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -96,7 +96,7 @@ def split_attention(
     branches: tuple[Tensor | None, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function for models, dense or HySparse, that see split rows.
+    """transformers' attention function for models, dense or HySparse, on ``ContextParallelRows``.
 
     It has no mask function of its own, so that transformers makes no mask: which keys a query sees
     is in the options' rows, or in a HySparse forward's state, which is of the whole rows.
@@ -110,9 +110,9 @@ def split_attention(
     """
     options = hysparse.options if isinstance(hysparse, ForwardState) else hysparse
     rows, dtype = options.rows, value.dtype
-    assert rows is not None, "part.py gives them"
+    assert rows is not None, "finetune/context_parallel.py gives them"
     q, k, v = (rows.exchange(x.to(dtype), split=1, join=2) for x in (query, key, value))
-    sinks = None if s_aux is None else rows.share(s_aux, 0)
+    sinks = None if s_aux is None else rows.local(s_aux, 0)
     common: dict[str, Any] = {"s_aux": sinks, **kwargs}
     if isinstance(hysparse, ForwardOptions):
         assert not kwargs.get("dropout"), "refused before"
@@ -122,11 +122,11 @@ def split_attention(
             gate_logits, own = branches
             if gate_logits is not None:
                 gate_logits = rows.exchange(gate_logits, split=2, join=1)
-            branches = gate_logits, rows.share(own, 0)
+            branches = gate_logits, rows.local(own, 0)
         out, _ = hysparse_attention(
             module, q, k, v, None, hysparse=hysparse, branches=branches, **common
         )
     return rows.exchange(out, split=1, join=2), None
 
 
-AttentionInterface.register(SPLIT, split_attention)
+AttentionInterface.register(CONTEXT_PARALLEL, context_parallel_attention)

@@ -17,7 +17,7 @@ from hysparse_kernels import KeyRange
 
 if TYPE_CHECKING:
     from hysparse_cli.model.attention import Observer
-    from hysparse_cli.model.context_parallel import SplitRows
+    from hysparse_cli.model.context_parallel import ContextParallelRows
 
 
 class Shared(NamedTuple):
@@ -57,7 +57,7 @@ class ForwardOptions:
         *,
         observer: "Observer | None" = None,
         variation: Variation | None = None,
-        rows: "SplitRows | None" = None,
+        rows: "ContextParallelRows | None" = None,
     ):
         self.observer, self.variation, self.rows = observer, variation, rows
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from hysparse_cli.evaluate.perplexity import token_losses
 from hysparse_cli.model.config import HysparseSpec
+from hysparse_cli.model.losses import token_losses
 from hysparse_cli.model.modeling import make_sparse
 from hysparse_cli.model.state import ForwardOptions, Variation
 from hysparse_cli.pattern import Pattern, from_full_layers

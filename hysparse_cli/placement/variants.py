@@ -12,10 +12,9 @@ from hysparse_cli.families import family_of
 from hysparse_cli.model.attention import ATTENTION_NAME
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.layers import GatesAndSinks, sparse_class
-from hysparse_cli.model.logits import decoder_of, hidden_states, logits_of
+from hysparse_cli.model.logits import decoder_of, hidden_states
+from hysparse_cli.model.losses import in_chunks, log_probabilities
 from hysparse_cli.model.modeling import StateHook
-
-LOGITS_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -89,15 +88,13 @@ class Variants:
         return [hidden_states(self.model, row[None]) for row in self.rows]
 
     def _compare(self, hidden: Tensor, dense: Tensor, row: Tensor) -> Quality:
-        stretch = max(1, LOGITS_AT_ONCE // self.model.config.vocab_size)
-        loss = kl = 0.0
         predicted = len(row) - 1
-        for begin in range(0, predicted, stretch):
-            end = min(begin + stretch, predicted)
-            log_p, log_q = (
-                F.log_softmax(logits_of(self.model, states[:, begin:end])[0].float(), -1)
-                for states in (dense, hidden)
-            )
-            loss += float(F.nll_loss(log_q, row[begin + 1 : end + 1], reduction="sum"))
-            kl += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+        chunks = in_chunks(self._sums, self.model, hidden[0, :-1], dense[0, :-1], row[1:])
+        loss, kl = (sum(sums) for sums in zip(*chunks, strict=True))
         return Quality(loss / predicted, kl / predicted)
+
+    def _sums(self, hidden: Tensor, dense: Tensor, targets: Tensor) -> tuple[float, float]:
+        """Of one chunk of tokens, the loss and KL in nats."""
+        log_p, log_q = (log_probabilities(self.model, states) for states in (dense, hidden))
+        loss = F.nll_loss(log_q, targets, reduction="sum")
+        return float(loss), float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))

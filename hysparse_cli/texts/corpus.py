@@ -1,4 +1,4 @@
-"""Where the documents to train on come from, and how to go on from a place in them."""
+"""Reads the documents to train on, from any place that a saved state names."""
 
 import logging
 import os

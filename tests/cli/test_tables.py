@@ -15,6 +15,7 @@ from hysparse_cli.convert.ledger import Ledger, Losses
 from hysparse_cli.convert.plan import contexts_up_to
 from hysparse_cli.convert.table import ledger_table, start_table
 from hysparse_cli.evaluate.table import tables
+from hysparse_cli.finetune.losses import LOSSES
 from hysparse_cli.finetune.result import FinetuneResult, Step
 from hysparse_cli.start.result import LayerStart, Start
 from hysparse_cli.tables import Table
@@ -71,8 +72,8 @@ def test_a_plan_of_64_layers_keeps_roles_and_figures(
 
 
 def step(number: int) -> Step:
-    losses = (1234.5678, 1.5, 0.25, 0.125, 0.0625)
-    return Step(number, 1, "distill", *losses, 1e-4, 12345.67, 1000, 1.0, 10**9)
+    losses = dict(zip(LOSSES, (1.5, 0.25, 0.125, 0.0625), strict=True))
+    return Step(number, 1, "distill", 1234.5678, losses, 1e-4, 12345.67, 1000, 1.0, 10**9)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

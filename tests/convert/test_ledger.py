@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hysparse_cli.convert.ledger import Ledger, Losses, measure_ledger, put_tensors
-from hysparse_cli.evaluate.perplexity import token_losses
 from hysparse_cli.model.config import HysparseSpec
+from hysparse_cli.model.losses import token_losses
 from hysparse_cli.model.modeling import install
 from hysparse_cli.texts.calibration import CalibrationText
 from tests.conftest import Hysparse

@@ -15,11 +15,11 @@ from hysparse_cli.convert.dense import read_dense
 from hysparse_cli.convert.plan import plan
 from hysparse_cli.convert.swaps import Pair, swap_in_place
 from hysparse_cli.convert.write import execute
-from hysparse_cli.evaluate.perplexity import token_losses
 from hysparse_cli.families import FAMILIES, family_of
 from hysparse_cli.files.checkpoint import open_checkpoint
 from hysparse_cli.files.source import locate
 from hysparse_cli.model.config import HysparseSpec, spec_of
+from hysparse_cli.model.losses import token_losses
 from hysparse_cli.model.modeling import install
 from hysparse_cli.pattern import Pattern
 from hysparse_cli.placement.far_context import (

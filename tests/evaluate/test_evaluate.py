@@ -71,7 +71,7 @@ def test_max_tokens_takes_windows_over_the_whole_text(tiny_original: Path) -> No
 def test_loss_equals_an_independent_computation(
     tiny_original: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hysparse_cli.evaluate.perplexity.LOGITS_AT_ONCE", 64 * 5)
+    monkeypatch.setattr("hysparse_cli.model.losses.CHUNK_LOGITS", 64 * 5)
     loaded = load(str(tiny_original), dtype="float32")
     windows = cut_windows([_words(70), _words(33, first=5)], loaded.tokenizer, 32, None)
     total, tokens = 0.0, 0
@@ -216,7 +216,7 @@ def test_stories_loss_at_each_length_of_stretch(
     windows = cut_windows([text], loaded.tokenizer, 512, None)
     losses: list[Any] = []
     for budget in (1, 1 << 26):
-        monkeypatch.setattr("hysparse_cli.evaluate.perplexity.LOGITS_AT_ONCE", budget)
+        monkeypatch.setattr("hysparse_cli.model.losses.CHUNK_LOGITS", budget)
         losses.append(measure_loss(loaded.model, windows, 1, _quiet).nats_per_token)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert losses[0] < 2.5

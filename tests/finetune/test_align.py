@@ -16,11 +16,12 @@ from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.families import family_of
 from hysparse_cli.files.source import locate
 from hysparse_cli.finetune.align import align_sums
+from hysparse_cli.finetune.context_parallel import LocalBatch
 from hysparse_cli.finetune.data import IGNORED
 from hysparse_cli.finetune.losses import count_targets
 from hysparse_cli.finetune.objectives import check_objectives
 from hysparse_cli.finetune.run import _checkpoint_activations
-from hysparse_cli.finetune.weights import select_trainable
+from hysparse_cli.finetune.trainable import select_trainable
 from hysparse_cli.model.config import HysparseSpec, spec_of
 from hysparse_cli.model.loading import load
 from hysparse_cli.model.state import forward_state
@@ -113,9 +114,9 @@ def test_loss_and_gradients_are_those_of_each_layer_alone(family: str, checkpoin
     reference = torch.autograd.grad(expected, list(parameters.values()))
     if checkpointing:
         _checkpoint_activations(model.train())
-    sums = align_sums(model, batch, teacher)
+    sums = align_sums(model, LocalBatch(batch), teacher)
     sums.total.backward()
-    torch.testing.assert_close(sums.align.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums.measured["align_loss"].double(), expected, rtol=1e-5, atol=0)
     for parameter, gradient in zip(parameters.values(), reference, strict=True):
         assert parameter.grad is not None
         scale = gradient.abs().max().item()
@@ -144,7 +145,7 @@ def test_a_layer_called_by_itself_gives_the_same(converted_stories: tuple[Any, A
             errors.append((out - target).square().sum() / target.square().sum())
     expected = 78 * sum(errors, torch.zeros(())) / len(errors)  # two tokens begin a document
     batch["labels"] = batch["labels"].masked_fill(positions == 0, IGNORED)
-    ours = align_sums(model, batch, teacher).total
+    ours = align_sums(model, LocalBatch(batch), teacher).total
     torch.testing.assert_close(ours, expected.float(), rtol=1e-5, atol=0)
     both = [torch.autograd.grad(loss, list(parameters.values())) for loss in (ours, expected)]
     for mine, reference in zip(*both, strict=True):
@@ -192,18 +193,20 @@ def test_a_window_over_everything_with_its_gate_open_is_the_dense_layer() -> Non
             if name.endswith("sinks"):
                 parameter.fill_(-1e9)
     batch = batch_of(ids(), (11, 23, 6))
-    assert align_sums(model, batch, teacher).align.item() < 1e-10
+    assert align_sums(model, LocalBatch(batch), teacher).total.item() < 1e-10
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.mul_(1.5)  # an error of 0.5^2 in one of 3
     expected = count_targets(batch) * 0.25 / 3
-    assert align_sums(model, batch, teacher).align.item() == pytest.approx(expected, rel=1e-6)
+    assert align_sums(model, LocalBatch(batch), teacher).total.item() == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_other_forwards_of_the_model_stay_what_they_were() -> None:
     teacher, model = pair("qwen3")
     batch = batch_of(ids(), (40,))
     before = model(batch["input_ids"]).logits
-    align_sums(model, batch, teacher).total.backward()
+    align_sums(model, LocalBatch(batch), teacher).total.backward()
     torch.testing.assert_close(model(batch["input_ids"]).logits, before, rtol=0, atol=0)
 
 

@@ -64,13 +64,13 @@ def test_a_terminal_shows_a_live_table(
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    losses = {"loss": 2.5, "next_token_loss": 3.5, "distill_loss": 1.25, "align_loss": 0.0}
+    losses = {"next_token_loss": 3.5, "distill_loss": 1.25, "hidden_loss": 0.0}
     step = Step(
         number=30,
         stage=2,
         objective="distill",
-        **losses,
-        hidden_loss=0.0,
+        loss=2.5,
+        losses=losses,
         learning_rate=3e-4,
         gradient_norm=0.7,
         tokens=1000,
@@ -85,6 +85,8 @@ def test_a_terminal_shows_a_live_table(
         "30/100",
         "KL to teacher",
         "1.2500",
+        "hidden state error",
+        "0.0000",
         "45,679",
         "12.34 GB",
         "1:02:05",

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hysparse_cli.finetune import losses
-from hysparse_cli.finetune.data import IGNORED, PackedRows
+from hysparse_cli.finetune.context_parallel import LocalBatch
+from hysparse_cli.finetune.data import IGNORED, PackedRows, own_batches
 from hysparse_cli.finetune.losses import count_targets, distill_sums, next_token_sums
-from hysparse_cli.finetune.share import own_batches
+from hysparse_cli.model import losses
 from hysparse_cli.model.loading import load
 from hysparse_cli.recipe import FinetuneOptions
 from tests.finetune.conftest import Convert
@@ -58,11 +58,15 @@ def test_losses_and_gradients_of_packed_chunks_are_those_of_separate_documents(
     model: Any, teacher: Any, batch: Batch, chunk_targets: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk_targets * model.config.vocab_size)
-    sums = distill_sums(model, batch, teacher, distill_weight=0.75, hidden_weight=0.0)
+    sums = distill_sums(model, LocalBatch(batch), teacher, distill_weight=0.75, hidden_weight=0.0)
     expected = plain_losses(model, teacher, batch)
     # logits become float32, which is where the difference comes from
-    torch.testing.assert_close(sums.next_token.double(), expected[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(sums.distill.double(), expected[1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        sums.measured["next_token_loss"].double(), expected[0], rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        sums.measured["distill_loss"].double(), expected[1], rtol=1e-4, atol=0
+    )
     parameters = list(model.parameters())
     ours = torch.autograd.grad(sums.total, parameters, allow_unused=True)
     theirs = torch.autograd.grad(
@@ -77,9 +81,8 @@ def test_losses_and_gradients_of_packed_chunks_are_those_of_separate_documents(
 
 
 def test_without_a_teacher_only_the_next_token_counts(model: Any, batch: Batch) -> None:
-    sums = next_token_sums(model, batch)
-    assert sums.total is sums.next_token
-    assert sums.distill.item() == sums.hidden.item() == sums.align.item() == 0
+    sums = next_token_sums(model, LocalBatch(batch))
+    assert sums.measured == {"next_token_loss": sums.total}
 
 
 def test_targets_are_the_tokens_that_have_another_before_them_in_their_document(
@@ -104,6 +107,8 @@ def test_whole_logits_are_never_kept(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        sums = distill_sums(model, batch, teacher, distill_weight=0.5, hidden_weight=0.5)
+        sums = distill_sums(
+            model, LocalBatch(batch), teacher, distill_weight=0.5, hidden_weight=0.5
+        )
         torch.autograd.backward(sums.total)
     assert largest <= 8 * vocabulary < count_targets(batch) * vocabulary

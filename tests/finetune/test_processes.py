@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.finetune import finetune
+from hysparse_cli.finetune.data import own_batches, rows_of_step
 from hysparse_cli.finetune.result import FinetuneResult
-from hysparse_cli.finetune.share import own_batches, rows_of_step
 from hysparse_cli.processes import claimed_exit_code, fails_first
 from hysparse_cli.recipe import FinetuneOptions
 from tests.conftest import Hysparse
@@ -64,8 +64,15 @@ def said(errors: str) -> list[str]:
 
 
 def losses(steps: list[dict[str, Any]]) -> list[float]:
-    names = ("loss", "next_token_loss", "distill_loss", "align_loss", "gradient_norm")
-    return [step[name] for step in steps for name in names]
+    names = (
+        "loss",
+        "next_token_loss",
+        "distill_loss",
+        "align_loss",
+        "hidden_loss",
+        "gradient_norm",
+    )
+    return [step[name] for step in steps for name in names if name in step]
 
 
 def assert_same_run(result: dict[str, Any], out: Path, whole: FinetuneResult) -> None:

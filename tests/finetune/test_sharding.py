@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from hysparse_cli.finetune.data import PackedRows, Row
-from hysparse_cli.finetune.distributed import Group, joined
+from hysparse_cli.finetune.context_parallel import LocalBatch
+from hysparse_cli.finetune.data import PackedRows, Row, own_batches
+from hysparse_cli.finetune.distributed import World, joined
 from hysparse_cli.finetune.objectives import OBJECTIVES
 from hysparse_cli.finetune.run import _checkpoint_activations
 from hysparse_cli.finetune.sharding import sharded, train_only, whole
-from hysparse_cli.finetune.share import own_batches
-from hysparse_cli.finetune.weights import select_trainable
+from hysparse_cli.finetune.trainable import select_trainable
 from hysparse_cli.model.loading import load
 from hysparse_cli.recipe import FinetuneOptions
 from hysparse_cli.recipe.finetune import Stage
@@ -28,9 +28,9 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def group() -> Iterator[Group]:
-    with joined("cpu") as group:
-        yield group
+def world() -> Iterator[World]:
+    with joined("cpu") as world:
+        yield world
 
 
 def stage_of(objective: str, **options: Any) -> Stage:
@@ -56,7 +56,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_losses_and_gradients_are_those_of_the_plain_model(
-    converted: Convert, tiny_original: Path, documents_file: Path, group: Group, checkpointing: bool
+    converted: Convert, tiny_original: Path, documents_file: Path, world: World, checkpointing: bool
 ) -> None:
     folder = str(converted(pattern="FSSFSF"[:4], ratio=None))
     batch = batch_of(documents_file, load(folder).tokenizer)
@@ -64,19 +64,20 @@ def test_losses_and_gradients_are_those_of_the_plain_model(
     teacher = load(str(tiny_original)).model.requires_grad_(False)
     if checkpointing:
         _checkpoint_activations(model)
-    healing = sharded(model, teacher, [name for name, _ in model.named_parameters()], group)
+    module = sharded(model, teacher, [name for name, _ in model.named_parameters()], world)
     for objective, options in STAGES.items():  # what is trained changes from stage to stage
         stage = stage_of(objective, **options)
         plain.zero_grad()
         model.zero_grad()
         expected_names = set(select_trainable(plain, stage.trainable))
-        assert set(train_only(healing, stage.trainable)) == expected_names
-        sums = OBJECTIVES[objective](plain, batch, teacher, stage)
+        assert set(train_only(module, stage.trainable)) == expected_names
+        sums = OBJECTIVES[objective](plain, LocalBatch(batch), teacher, stage)
         sums.total.backward()
         for _ in range(2):
-            total, parts = healing(batch, stage)
+            total, found = module(batch, stage)
             (total / 2).backward()
-        torch.testing.assert_close(parts, torch.stack(sums).detach(), rtol=1e-6, atol=0)
+        expected = {"loss": sums.total} | sums.measured
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
         ours, theirs = gradients(model), gradients(plain)
         assert set(ours) == set(theirs) <= expected_names
         assert objective == "align" or set(ours) == expected_names
@@ -85,22 +86,22 @@ def test_losses_and_gradients_are_those_of_the_plain_model(
 
 
 def test_steps_below_the_precision_of_bfloat16_add_up(
-    converted: Convert, documents_file: Path, group: Group
+    converted: Convert, documents_file: Path, world: World
 ) -> None:
     loaded = load(str(converted()), dtype="bfloat16")
     model, name = loaded.model.train(), "model.layers.0.self_attn.q_norm.weight"  # of ones
     trained = {n for n, _ in model.named_parameters() if ".self_attn." in n}
-    healing = sharded(model, None, trained, group)
+    module = sharded(model, None, trained, world)
     weight = dict(model.named_parameters())[name]
     assert {n for n, p in model.named_parameters() if p.dtype == torch.float32} == trained
-    train_only(healing, "attention")
+    train_only(module, "attention")
     seen: list[torch.dtype] = []
     norm = model.get_submodule(name.rpartition(".")[0])
     norm.register_forward_hook(lambda module, args, output: seen.append(module.weight.dtype))
     optimizer = torch.optim.SGD([weight], lr=1e-4)
     batch = batch_of(documents_file, loaded.tokenizer)
     for _ in range(3):
-        total, _ = healing(batch, stage_of("train", teacher=None))
+        total, _ = module(batch, stage_of("train", teacher=None))
         total.backward()
         assert weight.grad is not None and weight.grad.dtype == torch.float32
         weight.grad.copy_(torch.ones_like(weight.grad))

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from hysparse_cli.files.checkpoint import open_checkpoint
-from hysparse_cli.finetune.data import IGNORED, PackedRows
+from hysparse_cli.finetune.context_parallel import LocalBatch
+from hysparse_cli.finetune.data import IGNORED, PackedRows, own_batches
 from hysparse_cli.finetune.losses import count_targets, distill_sums, next_token_sums
-from hysparse_cli.finetune.share import own_batches
 from hysparse_cli.model.loading import load
 from hysparse_cli.recipe import FinetuneOptions, load_section
 from tests.conftest import Hysparse
@@ -42,6 +42,11 @@ def changed(before: Path, after: Path) -> set[str]:
     return {name for name in old if not torch.equal(old[name], new[name])}
 
 
+def losses_of(step: dict[str, Any]) -> set[str]:
+    """The losses that a step of a report has, but for what is minimised."""
+    return {name for name in step if name.endswith("_loss")}
+
+
 def test_stages_run_one_after_the_other_and_each_measures_its_own(
     hysparse: Hysparse,
     converted: Convert,
@@ -59,13 +64,15 @@ def test_stages_run_one_after_the_other_and_each_measures_its_own(
     align, distill, train = steps[:12], steps[12:20], steps[20:]
     assert align[-1]["align_loss"] < 0.9 * align[0]["align_loss"]
     for step in align:
-        assert step["loss"] == step["align_loss"] > 0 == step["next_token_loss"]
+        assert step["loss"] == step["align_loss"] > 0 and losses_of(step) == {"align_loss"}
     for step in distill:
         parts = 0.5 * step["next_token_loss"] + 0.5 * step["distill_loss"]
         assert step["loss"] == pytest.approx(parts + 0.3 * step["hidden_loss"], rel=1e-5)
-        assert step["hidden_loss"] > 0 == step["align_loss"]
+        assert step["hidden_loss"] > 0
+        assert losses_of(step) == {"next_token_loss", "distill_loss", "hidden_loss"}
     for step in train:
-        assert step["loss"] == step["next_token_loss"] > 0 == step["distill_loss"]
+        assert step["loss"] == step["next_token_loss"] > 0
+        assert losses_of(step) == {"next_token_loss"}
     peaks = [max(s["learning_rate"] for s in part) for part in (align, distill, train)]
     assert peaks == pytest.approx([1e-3, 3e-3, 3e-3])
     assert "model.layers.0.mlp.up_proj.weight" in changed(checkpoint, out)
@@ -154,8 +161,9 @@ def test_lora_ends_as_a_plain_checkpoint_that_is_what_was_trained(
     options = load_section(FinetuneOptions, path, flags={"data": str(documents_file)})
     rows = list(islice(PackedRows(options, load(str(out)).tokenizer), 40, 44))
     (batch,) = own_batches(rows, 0, 1, 4)  # what the eleventh step reads
+    local = LocalBatch(batch)
     before, after = (
-        next_token_sums(load(str(folder)).model, batch).total.item() / count_targets(batch)
+        next_token_sums(load(str(folder)).model, local).total.item() / count_targets(batch)
         for folder in (checkpoint, out)
     )
     assert after == pytest.approx(long["steps"][10]["loss"], rel=1e-5)
@@ -193,9 +201,11 @@ def test_hidden_states_of_every_layer_are_compared(family: str) -> None:
     teacher, model = pair(family)
     batch = batch_of(ids(), (11, 29))
     expected = hidden_by_hand(model, teacher, batch)
-    sums = distill_sums(model, batch, teacher, distill_weight=0.0, hidden_weight=2.0)
-    torch.testing.assert_close(sums.hidden.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(sums.total, sums.next_token + 2 * sums.hidden)
+    sums = distill_sums(model, LocalBatch(batch), teacher, distill_weight=0.0, hidden_weight=2.0)
+    torch.testing.assert_close(sums.measured["hidden_loss"].double(), expected, rtol=1e-5, atol=0)
+    measured = sums.measured
+    expected_total = measured["next_token_loss"] + 2 * measured["hidden_loss"]
+    torch.testing.assert_close(sums.total, expected_total)
     layers = model.config.num_hidden_layers
     states = model(batch["input_ids"], output_hidden_states=True).hidden_states
     assert len(states) == layers + 1
@@ -206,7 +216,8 @@ def test_a_batch_without_targets_has_a_loss_and_gradients_of_zero() -> None:
     batch = batch_of(ids(), (40,))
     batch["labels"] = torch.full_like(batch["labels"], -100)
     weights = {"distill_weight": 0.5, "hidden_weight": 0.5}
-    for sums in (next_token_sums(model, batch), distill_sums(model, batch, teacher, **weights)):
+    local = LocalBatch(batch)
+    for sums in (next_token_sums(model, local), distill_sums(model, local, teacher, **weights)):
         assert sums.total.item() == 0
         sums.total.backward()
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)

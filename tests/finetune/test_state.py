@@ -345,7 +345,7 @@ def test_a_report_that_is_no_report_is_no_finished_run(
     whole = json.loads(report.read_text())
     for broken in (
         [],
-        whole | {"schema": "hysparse.finetune/2"},
+        whole | {"schema": "hysparse.finetune/3"},
         whole | {"steps": []},
         whole | {"steps": [{"loss": 1.0}]},
         whole | {"run": None},

@@ -14,7 +14,7 @@ from hysparse_cli.recipe.finetune import StageOptions
 
 def steps_of(losses: Iterable[float], gradient_norm: float = 1.0) -> list[Step]:
     return [
-        Step(n, 1, "train", loss, loss, 0.0, 0.0, 0.0, 1e-3, gradient_norm, 100, 0.0, 0)
+        Step(n, 1, "train", loss, {"next_token_loss": loss}, 1e-3, gradient_norm, 100, 0.0, 0)
         for n, loss in enumerate(losses, start=1)
     ]
 

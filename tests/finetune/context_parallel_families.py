@@ -1,6 +1,6 @@
-"""Models of many families on packed rows that two processes split, against each document alone.
+"""Models of many families on packed rows that two processes divide, against each document alone.
 
-    torchrun --nproc-per-node 2 -m tests.finetune.split_families
+    torchrun --nproc-per-node 2 -m tests.finetune.context_parallel_families
 
 prints a JSON object: for each family, dense and HySparse, the largest difference of the loss or of
 any gradient, in parts of the largest.
@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from hysparse_cli.finetune.context_parallel import LocalBatch, make_context_parallel
 from hysparse_cli.finetune.data import IGNORED, Row
 from hysparse_cli.finetune.losses import next_token_sums
 from hysparse_cli.finetune.run import _checkpoint_activations
-from hysparse_cli.finetune.sequence import split_rows
 from tests.model.equivalences import SPEC, TOKENS, ids
 from tests.model.tiny import KINDS, TINY, dense_config, hysparse_model
 
-STARTS = [0, 13, 33, TOKENS]  # the second document goes over the border between the parts
+STARTS = [0, 13, 33, TOKENS]  # the second document goes over the border between the processes
 WINDOW = 6
 
 
@@ -49,7 +49,8 @@ def alone(batch: Row) -> list[Row]:
 
 def loss_and_gradients(model: Any, batches: list[Row], processes: Any = None) -> dict[str, Tensor]:
     model.zero_grad()
-    total = torch.stack([next_token_sums(model, batch, processes).total for batch in batches]).sum()
+    local = [LocalBatch(batch, processes) for batch in batches]
+    total = torch.stack([next_token_sums(model, batch).total for batch in local]).sum()
     total.backward()
     parameters = model.named_parameters()
     return {"": total.detach()} | {n: p.grad for n, p in parameters if p.grad is not None}
@@ -57,14 +58,14 @@ def loss_and_gradients(model: Any, batches: list[Row], processes: Any = None) ->
 
 def difference(model: Any, *, trained: bool) -> float:
     expected = loss_and_gradients(model, alone(packed()))
-    split_rows(model, "the model", dist.get_world_size(), trained=trained)
+    make_context_parallel(model, "the model", dist.get_world_size(), trained=trained)
     if trained:
         model.train()
         _checkpoint_activations(model)
     found = loss_and_gradients(model, [packed()], dist.group.WORLD)
     assert set(found) == set(expected)
-    for part in found.values():
-        dist.all_reduce(part)
+    for addend in found.values():
+        dist.all_reduce(addend)
     apart = {name: float((found[name] - expected[name]).abs().max()) for name in expected}
     loss, loss_apart = float(expected.pop("")), apart.pop("")
     scale = max(float(gradient.abs().max()) for gradient in expected.values())

@@ -1,4 +1,4 @@
-"""Two processes that split each row's tokens compute what one does with whole rows."""
+"""Two processes that divide each row's tokens compute what one does with whole rows."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,17 @@ import pytest
 
 from hysparse_cli.errors import Interrupted, InvalidRecipe, UnsupportedModel
 from hysparse_cli.finetune import finetune
-from hysparse_cli.finetune.data import Row
+from hysparse_cli.finetune.context_parallel import (
+    LocalBatch,
+    make_context_parallel,
+    prepare_attention,
+)
+from hysparse_cli.finetune.data import Row, rows_of_step
 from hysparse_cli.finetune.losses import next_token_sums
 from hysparse_cli.finetune.result import Progress
-from hysparse_cli.finetune.sequence import prepare_rows, split_rows
-from hysparse_cli.finetune.share import rows_of_step
 from hysparse_cli.recipe import FinetuneOptions
 from tests.conftest import Hysparse
-from tests.finetune import split_families
+from tests.finetune import context_parallel_families as families
 from tests.finetune.conftest import Convert
 from tests.finetune.test_processes import assert_same_run, start
 from tests.finetune.test_resume import arguments
@@ -29,7 +32,7 @@ STAGES: list[dict[str, Any]] = [
 ]
 
 
-def test_split_rows_train_as_whole_ones_and_go_on_from_their_state(
+def test_divided_rows_train_as_whole_ones_and_go_on_from_their_state(
     converted: Convert, tiny_original: Path, documents_file: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("accelerate")
@@ -62,8 +65,8 @@ def test_split_rows_train_as_whole_ones_and_go_on_from_their_state(
     assert_same_run(result, out, whole)
 
 
-def test_packed_documents_of_split_rows_are_as_alone_in_all_kinds_of_families() -> None:
-    worker = ("--nproc-per-node=2", "-m", "tests.finetune.split_families")
+def test_packed_documents_of_divided_rows_are_as_alone_in_all_kinds_of_families() -> None:
+    worker = ("--nproc-per-node=2", "-m", "tests.finetune.context_parallel_families")
     run = start("torch.distributed.run", "--standalone", *worker)
     assert run.returncode == 0, run.stderr
     apart = json.loads(run.stdout)
@@ -72,19 +75,19 @@ def test_packed_documents_of_split_rows_are_as_alone_in_all_kinds_of_families() 
 
 
 def test_packed_documents_are_as_alone_where_transformers_mixes_them() -> None:
-    mixed = split_families.dense_model("gpt_oss")
-    batch = split_families.packed()
-    expected = next_token_total(mixed, split_families.alone(batch))
+    mixed = families.dense_model("gpt_oss")
+    batch = families.packed()
+    expected = next_token_total(mixed, families.alone(batch))
     assert next_token_total(mixed, [batch]) != pytest.approx(expected, rel=1e-4)
-    prepare_rows(mixed, "tiny", 1, trained=True)
+    prepare_attention(mixed, "tiny", 1, trained=True)
     assert next_token_total(mixed, [batch]) == pytest.approx(expected, rel=1e-6)
 
 
 def next_token_total(model: Any, batches: list[Row]) -> float:
-    return sum(next_token_sums(model, batch).total.item() for batch in batches)
+    return sum(next_token_sums(model, LocalBatch(batch)).total.item() for batch in batches)
 
 
-def test_what_processes_cannot_split_is_refused(
+def test_what_processes_cannot_divide_is_refused(
     hysparse: Hysparse, tiny_original: Path, documents_file: Path, tmp_path: Path
 ) -> None:
     flags = ("--data", documents_file, "--set", "finetune.sequence_parallel_size=2")
@@ -103,17 +106,17 @@ def test_what_processes_cannot_split_is_refused(
         rows_of_step(options, 3)
 
 
-def test_models_that_cannot_see_split_rows_are_refused() -> None:
+def test_models_that_cannot_see_divided_rows_are_refused() -> None:
     model = dense_model("llama")
     with pytest.raises(InvalidRecipe, match=r"size is 4, but tiny has 2 KV heads, which"):
-        split_rows(model, "tiny", 4, trained=True)
+        make_context_parallel(model, "tiny", 4, trained=True)
     model.config.attention_dropout = 0.1
     with pytest.raises(InvalidRecipe, match=r"tiny drops out 0\.1 of its attention"):
-        split_rows(model, "tiny", 2, trained=True)
-    split_rows(model, "tiny", 2, trained=False)
+        make_context_parallel(model, "tiny", 2, trained=True)
+    make_context_parallel(model, "tiny", 2, trained=False)
     model.config.rope_parameters = {"rope_type": "longrope"}
     with pytest.raises(InvalidRecipe, match=r"rotates by the length of a row \(longrope"):
-        split_rows(model, "tiny", 2, trained=False)
+        make_context_parallel(model, "tiny", 2, trained=False)
     model.config.model_type = "stablelm"
     with pytest.raises(UnsupportedModel, match="stablelm"):
-        split_rows(model, "tiny", 2, trained=False)
+        make_context_parallel(model, "tiny", 2, trained=False)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from hysparse_cli.errors import InvalidRecipe
-from hysparse_cli.finetune.weights import decay_groups, select_trainable
+from hysparse_cli.finetune.trainable import decay_groups, select_trainable
 from hysparse_cli.model.loading import load
 from tests.finetune.conftest import Convert
 
