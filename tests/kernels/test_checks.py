@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hysparse_kernels as ops
-from hysparse_kernels import KeyRange, backends, causal
+from hysparse_kernels import KeyRange, causal
 from tests.kernels.calls import OPS, Sizes, arguments, d_out_of, run
 
 SIZES = Sizes(T=5, S=9)
@@ -117,18 +117,11 @@ EMPTY = {
 }
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("ranges", [False, True], ids=["causal", "ranges"])
 @pytest.mark.parametrize("empty", EMPTY)
-def test_what_is_empty(
-    empty: str, ranges: bool, sinks: bool, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if backend == "triton":
-        if not pytest.importorskip("triton").knobs.runtime.interpret:
-            pytest.skip("Triton's interpreter is off: set TRITON_INTERPRET=1")
-        monkeypatch.setattr("hysparse_kernels.triton.full.decode_merge.CHUNK", 16)
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, backend)
+def test_what_is_empty(empty: str, ranges: bool, sinks: bool) -> None:
     sizes = replace(Sizes(B=1, T=3, S=4, H=2, G=1, ranges=ranges), **EMPTY[empty])
     for op in OPS:
         if empty == "no blocks listed" and "block_idx" not in arguments(op, sizes, "cpu"):

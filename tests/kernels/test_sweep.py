@@ -1,4 +1,4 @@
-"""Random calls of every op: the reference against loops over numbers, the kernels against it.
+"""Random calls of every op: the reference against loops over numbers, every backend against it.
 
 Shapes and layouts, key ranges in and out of the keys, masks, empties, NaN where no query sees.
 """
@@ -185,20 +185,14 @@ def test_the_reference_against_loops(seeds: int, monkeypatch: pytest.MonkeyPatch
     [pytest.param("cpu", marks=pytest.mark.long), pytest.param("cuda", marks=pytest.mark.gpu)],
 )
 @pytest.mark.parametrize("seeds", range(0, CASES_IN_THE_INTERPRETER, 10))
-def test_the_kernels_against_the_reference(
-    seeds: int, where: str, monkeypatch: pytest.MonkeyPatch
+def test_every_backend_against_the_reference(
+    seeds: int, where: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    knobs = pytest.importorskip("triton").knobs
-    if where == "cpu" and not knobs.runtime.interpret:
-        pytest.skip("Triton's interpreter is off: set TRITON_INTERPRET=1")
-    if where == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    monkeypatch.setattr("hysparse_kernels.triton.full.decode_merge.CHUNK", 16)
     for seed in range(seeds, seeds + 10):
         call = Call.drawn(seed, where)
         clean = call.tensors
         d_out = torch.randn(call.sizes.of("BTHD")).to(where) if seed % 2 else None
-        monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "triton")
+        monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, backend)
         ours = run(call.op, call.poisoned(), d_out, **call.options)
         monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
         wide = {n: x.double() if x.is_floating_point() else x for n, x in clean.items()}

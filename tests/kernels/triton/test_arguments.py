@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hysparse_kernels import backends
-from hysparse_kernels.triton.full import decode_merge
 from tests.kernels.calls import (
     HOPPER,
     OPS,
@@ -22,6 +20,8 @@ from tests.kernels.calls import (
     truth_of,
 )
 from tests.kernels.tolerance import assert_within_tolerance
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def junk(x: Tensor) -> Tensor:
@@ -57,11 +57,6 @@ LAYOUTS = (transposed, stepped, columns_of_wider, offset_by_one, expanded)
 Layout = Callable[[Tensor], Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "triton")
-
-
 def check(op: str, sizes: Sizes, layouts: dict[str, Layout], where: str) -> None:
     """The call with some arguments laid out otherwise errs no more than with all contiguous."""
     tensors = arguments(op, sizes, where)
@@ -89,12 +84,6 @@ def check(op: str, sizes: Sizes, layouts: dict[str, Layout], where: str) -> None
 SMALL = Sizes(T=33, S=36, H=2, G=1, dtype=torch.float16)
 DECODE = replace(SMALL, T=1, H=4, G=2)
 UNSELECTING = {"block_size": None, "top_k_blocks": 0, "return_block_scores": False}
-
-
-@pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranking many blocks takes the interpreter seconds."""
-    monkeypatch.setattr(decode_merge, "CHUNK", 16)
 
 
 @pytest.mark.parametrize("sizes", [SMALL, DECODE], ids=["prefill", "decode"])

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hysparse_kernels import backends
-from hysparse_kernels.triton.full import decode_merge
 from tests.kernels.calls import Sizes, arguments, d_out_of, run, truth_of
 from tests.kernels.tolerance import assert_within_tolerance
 
@@ -22,12 +20,6 @@ ATTENTION = [
     "sliding_window_attention",
     "sparse_layer_attention",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranking many blocks takes the interpreter seconds."""
-    monkeypatch.setattr(decode_merge, "CHUNK", 16)
 
 
 def masked(tensors: dict[str, Tensor], name: str) -> None:
@@ -66,14 +58,11 @@ def blind_queries(tensors: dict[str, Tensor], name: str, num_keys: int) -> Tenso
     return ~(seen if mask is None else seen & mask[:, None]).any(-1)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("sizes", [PREFILL, DECODE], ids=["prefill", "decode"])
 @pytest.mark.parametrize("hide", HIDING)
 @pytest.mark.parametrize("op", ATTENTION)
-def test_nan_where_no_query_sees(
-    op: str, hide: object, sizes: Sizes, backend: str, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, backend)
+def test_nan_where_no_query_sees(op: str, hide: object, sizes: Sizes, where: str) -> None:
     tensors = arguments(op, sizes, where)
     ranges = {"key_range": ("k", "v")}
     if op == "sparse_layer_attention":

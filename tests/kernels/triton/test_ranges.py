@@ -8,7 +8,6 @@ from torch import Tensor
 
 import hysparse_kernels as ops
 from hysparse_kernels import KeyRange, backends, causal
-from hysparse_kernels.triton.full import decode_merge
 from tests.kernels.calls import Sizes, arguments, d_out_of, run, truth_of
 from tests.kernels.tolerance import assert_within_tolerance
 
@@ -23,10 +22,7 @@ ATTENTION = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "triton")
-    monkeypatch.setattr(decode_merge, "CHUNK", 16)
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def check(op: str, tensors: dict[str, Tensor], d_out: Tensor | None, **options: object) -> None:
@@ -109,14 +105,10 @@ def test_scales_of_zero_and_below(scale: float, where: str) -> None:
         check(op, arguments(op, sizes, where), d_out_of(op, sizes, where), scale=scale)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("queries", [1, 33], ids=["decode", "prefill"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_scores_at_logits_of_ten_thousand(
-    sign: int, queries: int, backend: str, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_at_logits_of_ten_thousand(sign: int, queries: int, where: str) -> None:
     """As the softmax of plain torch has them: the largest weighs 1, not 1 give or take 1e-3."""
-    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, backend)
     sizes = Sizes(B=1, T=queries, S=36, H=2, G=1, ranges=False)
     if where == "cuda":  # the kernels for Hopper
         sizes = replace(sizes, T=300 if queries > 1 else 1, S=300, H=8, D=128, dtype=torch.bfloat16)
