@@ -50,7 +50,7 @@ class ModelSizes:
         matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
         embeddings = model.get_input_embeddings().weight.numel()
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        # in the layers alone
+        # of the layers only
         self.matrices = matrices - embeddings - (0 if tied else self.head)
         self.experts = sum(experts)
         self.num_experts = next((p.shape[0] for p in model.parameters() if p.dim() == 3), 1)
@@ -82,7 +82,7 @@ class ModelSizes:
 
 
 def work_of(sizes: ModelSizes, phase: str, context: int, batch: int) -> tuple[Work, Work]:
-    """The whole model's and the attention's alone.
+    """The whole model's and its attention's.
 
     Gradients of matrices count twice their forward, of attention 2.5 times; what checkpointing
     computes again does not count.

@@ -7,15 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.check import (
-    Operation,
-    Tensors,
-    check_backward,
-    check_forward,
-    leaves_of,
-    output_of,
-)
+from benchmarks.check import check_backward, check_forward, leaves_of, output_of
 from benchmarks.clock import Run
+from benchmarks.operations import Operation, Tensors
 from benchmarks.options import Options
 from hysparse_cli.bench.work import ATTENTION_BACKWARD, Work
 from hysparse_kernels import KeyRange, causal
@@ -132,7 +126,7 @@ def forward_of(operation: Operation) -> Run:
 
 
 def backward_run(function: Callable[[Tensors], Any], inputs: Tensors, grad_out: Tensor) -> Run:
-    """The backward alone of ``function``, whose forward is run here."""
+    """Only the backward of ``function``, whose forward is run here."""
     leaves = leaves_of(inputs)
     wanted = [x for x in leaves.values() if x.requires_grad]
     out = output_of(function(leaves))

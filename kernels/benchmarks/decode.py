@@ -10,7 +10,6 @@ from benchmarks import operations, peers
 from benchmarks.cases import Case, Inputs, Peer, Ready, Shape, forward_of, forward_run
 from benchmarks.check import check_forward
 from benchmarks.options import Options
-from benchmarks.peers import CUDNN, FLASH
 from hysparse_cli.bench.work import Work
 from hysparse_kernels import causal
 
@@ -107,4 +106,4 @@ def _dense(shape: Shape, q: Tensor, caches: list[tuple[Tensor, Tensor]]) -> list
 
         return Peer(name, (name, shape), start)
 
-    return [peer(CUDNN, peers.cudnn), peer(FLASH, peers.flash)]
+    return [peer(peers.CUDNN, peers.cudnn), peer(peers.FLASH, peers.flash)]

@@ -8,22 +8,13 @@ from torch import Tensor
 
 from benchmarks import operations, peers
 from benchmarks.cases import Case, Inputs, Peer, Ready, Shape, peer_of, ready
-from benchmarks.check import Tensors
+from benchmarks.operations import Tensors
 from benchmarks.options import Options
-from benchmarks.peers import (
-    CUDNN,
-    FLA_NSA,
-    FLA_WINDOW,
-    FLASH,
-    TORCH_TOPK,
-    UNSELECTED,
-    XUNHAO_NSA,
-)
 from hysparse_cli.bench import lists
 from hysparse_cli.bench.work import causal_pairs
 
 DIRECTIONS = ("forward", "backward")
-TOPK_BYTES = 2**31  # of scores; beyond, torch.topk alone is not worth its memory
+TOPK_BYTES = 2**31  # of scores; beyond, torch.topk by itself is not worth its memory
 
 
 def prefill_cases(op: str, options: Options, shape: Shape, device: torch.device) -> Iterator[Case]:
@@ -54,8 +45,8 @@ def full(make: Inputs, direction: str) -> Ready:
     if grad_out is None:
         bare = operations.full(inputs, seen, block_size=size, top_k_blocks=0)
         beside += [
-            peer_of(UNSELECTED, (shape,), lambda x: bare.call(x, seen), inputs, None),
-            Peer(TORCH_TOPK, (TORCH_TOPK, shape), partial(_torch_topk, make)),
+            peer_of(peers.UNSELECTED, (shape,), lambda x: bare.call(x, seen), inputs, None),
+            Peer(peers.TORCH_TOPK, (peers.TORCH_TOPK, shape), partial(_torch_topk, make)),
         ]
     operation = operations.full(inputs, seen, block_size=size, top_k_blocks=options.top_k_blocks)
     pairs = causal_pairs(shape.keys) * shape.heads
@@ -73,15 +64,16 @@ def block_sparse(make: Inputs, direction: str, kind: str) -> Ready:
     for_xunhao = {name: inputs[name] for name in ("q", "k", "v")}
     for_xunhao |= {"by_head": by_head, "ends": ends}
     key = (shape, kind)
+
+    def fla(x: Tensors) -> Tensor:
+        return peers.fla_nsa(**x, block_size=size)
+
+    def xunhao(x: Tensors) -> Tensor:
+        return peers.xunhao_nsa(**x, block_size=size)
+
     beside = [
-        peer_of(FLA_NSA, key, lambda x: peers.fla_nsa(**x, block_size=size), inputs, grad_out),
-        peer_of(
-            XUNHAO_NSA,
-            key,
-            lambda x: peers.xunhao_nsa(**x, block_size=size),
-            for_xunhao,
-            grad_out,
-        ),
+        peer_of(peers.FLA_NSA, key, fla, inputs, grad_out),
+        peer_of(peers.XUNHAO_NSA, key, xunhao, for_xunhao, grad_out),
     ]
     beside += _dense(shape, inputs, grad_out)[:1]
     operation = operations.block_sparse(inputs, make.seen(), block_size=size)
@@ -93,15 +85,11 @@ def window(make: Inputs, direction: str) -> Ready:
     inputs, grad_out = _inputs(make, direction)
     shape, tokens = make.shape, make.options.window_tokens
     inputs["sinks"] = make.sinks()
-    beside = [
-        peer_of(
-            FLA_WINDOW,
-            (shape,),
-            lambda x: peers.fla_window(**x, window_tokens=tokens),
-            inputs,
-            grad_out,
-        )
-    ]
+
+    def fla(x: Tensors) -> Tensor:
+        return peers.fla_window(**x, window_tokens=tokens)
+
+    beside = [peer_of(peers.FLA_WINDOW, (shape,), fla, inputs, grad_out)]
     operation = operations.window(inputs, make.seen(), window_tokens=tokens)
     return ready(operation, grad_out, _window_pairs(make), beside)
 
@@ -129,8 +117,8 @@ def _inputs(make: Inputs, direction: str) -> tuple[dict[str, Tensor], Tensor | N
 def _dense(shape: Shape, inputs: Tensors, grad_out: Tensor | None) -> list[Peer]:
     inputs = {name: inputs[name] for name in ("q", "k", "v")}
     return [
-        peer_of(CUDNN, (shape,), lambda x: peers.cudnn(**x), inputs, grad_out),
-        peer_of(FLASH, (shape,), lambda x: peers.flash(**x), inputs, grad_out),
+        peer_of(peers.CUDNN, (shape,), lambda x: peers.cudnn(**x), inputs, grad_out),
+        peer_of(peers.FLASH, (shape,), lambda x: peers.flash(**x), inputs, grad_out),
     ]
 
 
