@@ -29,16 +29,21 @@ def main(out: Path) -> None:
         sys.path.append(name)
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-        options = {"gguf_file": gguf.name, "trust_remote_code": False}
+        place, file = gguf.parent, gguf.name
         read = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.bfloat16, use_safetensors=True, **options
+            place,
+            gguf_file=file,
+            dtype=torch.bfloat16,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         settings = read.config.to_dict()
         settings.pop("quantization_config", None)  # with it, nothing can be saved
         model = LlamaForCausalLM(LlamaConfig.from_dict(settings)).to(torch.bfloat16)
         model.load_state_dict(read.state_dict())
         model.save_pretrained(out)
-        AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(out)
+        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file, trust_remote_code=False)
+        tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":

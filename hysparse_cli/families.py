@@ -1,4 +1,4 @@
-"""What differs between model families: one row each, and the ones that can't be right, with why."""
+"""Lists what differs between model families, a row each, and those that can never be right."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Which layers are full, which are sparse, and who serves whom.
+"""Says which layers are full, which are sparse, and who serves whom.
 
 A pattern is one letter a layer: ``F`` full attention, ``S`` sparse attention. A full attention
 layer and the sparse ones that follow it are a hybrid block (paper, section 3.1): it serves them its
@@ -77,6 +77,11 @@ def from_ratio(ratio: str, num_layers: int, *, last_layer_full: bool = True) -> 
     if last_layer_full:
         pattern = pattern[:-1] + FULL
     return Pattern(pattern)
+
+
+def names_sparse(pattern: object) -> bool:
+    """Whether a pattern as a file has it, valid or not, names a sparse layer."""
+    return SPARSE in str(pattern)
 
 
 def uniform(num_full: int, num_layers: int) -> Pattern:

@@ -1,117 +1,103 @@
-"""The attention calls of a model, seen from outside: passed on, timed in place, or recorded.
+"""Observes the attention of a model that is measured: times it in place, records it, or checks it.
 
-transformers' layers look their attention function up by name. What is timed is that function alone:
-queries, keys and values are projected, rotated and cached before it, and the output projection
-comes after it.
+The attention function alone is timed: queries, keys and values are projected, rotated and cached
+before it, and the output projection comes after it.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.modeling_utils import AttentionInterface
 
-import hysparse_cli.model.modeling  # noqa: F401 - registers the attention that we stand in for
-from hysparse_cli.bench.exactness import AttentionCall, AttentionCheck
+from hysparse_cli.bench.exactness import AttentionCheck
 from hysparse_cli.bench.timing import Marks
-from hysparse_cli.model.attention import ATTENTION_NAME, hysparse_attention
-from hysparse_cli.model.state import ForwardState, Shared
+from hysparse_cli.model.attention import LayerCall
+from hysparse_cli.model.logits import decoder_of
+from hysparse_cli.model.state import ForwardOptions, ForwardState, Shared
 
-DENSE_NAME = "hysparse_bench_dense"
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-NOT_IN_SDPA = ("softcap", "s_aux")
 
 
 class AttentionPart:
-    """transformers' attention function of one kind of model, with ears.
+    """The observer of all forwards of a model.
 
     marks: where begin and end of every call are noted, backward ones too; None where they are not.
-    calls: what every call was, ready to be made again; None where they are not kept.
+    calls: every call, ready to be made again; None where they are not kept.
     witness: sees what the calls were given and gave; None where nobody looks.
     lists: (1, T, G, K), which sparse layers attend to in place of what was selected for them; or
     None. The selection is computed all the same.
+
+    Args:
+        backend: of torch's SDPA, in a dense model; a name not in BACKENDS leaves the choice to
+            torch.
     """
 
-    def __init__(self, attend: Callable[..., Any]):
-        self.attend = attend
+    def __init__(self, backend: str):
+        self.backend = BACKENDS.get(backend)
         self.marks: Marks | None = None
-        self.calls: list[Callable[[], Any]] | None = None
+        self.calls: list[LayerCall] | None = None
         self.witness: AttentionCheck | None = None
         self.lists: Tensor | None = None
 
-    def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
-    ) -> Any:
-        if self.lists is not None and (state := options.get("hysparse")) is not None:
-            _publishes(state, self.lists)
+    def attach(self, model: Any) -> None:
+        """Observe all forwards of ``model``; a dense one attends by ``dense_attention``."""
+
+        def ask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, kwargs | {"hysparse": ForwardOptions(observer=self)}
+
+        decoder_of(model).register_forward_pre_hook(ask, prepend=True, with_kwargs=True)
+
+    def __call__(self, call: LayerCall) -> Tensor:
+        if self.lists is not None and call.state is not None:
+            _publishes(call.state, self.lists)
         if self.calls is not None:
-            self.calls.append(partial(self.attend, module, query, key, value, mask, **options))
+            self.calls.append(call)
         marks = self.marks
         if marks is not None:
-            query, key, value = _Mark.apply(marks, query, key, value)  # type: ignore[no-untyped-call]
+            q, k, v = _Mark.apply(marks, call.q, call.k, call.v)  # type: ignore[no-untyped-call]
+            call = call.replace(q=q, k=k, v=v)
             marks.mark()
-        out, weights = self.attend(module, query, key, value, mask, **options)
+        out = self.attend(call)
         if marks is not None:
             marks.mark()
             (out,) = _Mark.apply(marks, out)  # type: ignore[no-untyped-call]
         if self.witness is not None:
-            selected = self.lists is None
-            call = AttentionCall(module, query, key, value, options, out, selected)
-            self.witness.see(call)
-        return out, weights
+            self.witness.see(call, out, selected=self.lists is None)
+        return out
+
+    def attend(self, call: LayerCall) -> Tensor:
+        """``call.attend()``; a dense layer's by torch's SDPA and nothing else.
+
+        Raises: ValueError where SDPA would compute something else than the model.
+        """
+        if call.state is not None:
+            return call.attend()
+        _check_sdpa(call)
+        if self.backend is None:
+            return call.attend()
+        with sdpa_kernel(self.backend):
+            return call.attend()
+
+    def repeat(self, calls: Sequence[LayerCall]) -> None:
+        """Make the calls of one forward again, with a state that nothing is published in yet."""
+        old, fresh = calls[0].state, None
+        if old is not None:
+            fresh = ForwardState(old.spec, old.num_keys, old.key_range, old.window_range)
+        for call in calls:
+            self.attend(call.replace(state=fresh))
 
 
-def record_attention(is_dense: bool, backend: str) -> AttentionPart:
-    """Stand in for the attention of all HySparse models of this process, or of its dense ones."""
-    if is_dense:
-        part = AttentionPart(partial(dense_attention, backend=BACKENDS.get(backend)))
-        AttentionInterface.register(DENSE_NAME, part)
-    else:
-        part = AttentionPart(hysparse_attention)
-        AttentionInterface.register(ATTENTION_NAME, part)
-    return part
-
-
-def dense_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    *,
-    backend: SDPBackend | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """torch's SDPA without a mask: causal over a whole text, or all keys for one query.
-
-    Args: query: (B, H, T, D). key, value: (B, G, S, D). backend: None leaves the choice to torch.
-    Returns: (B, T, H, D), and no weights.
-    Raises: ValueError where SDPA would compute something else than the model.
-    """
-    missing = [name for name in NOT_IN_SDPA if options.get(name) is not None]
-    if sliding_window is not None and sliding_window < key.shape[2]:
-        missing.append("sliding_window")
-    if missing:
+def _check_sdpa(call: LayerCall) -> None:
+    window = call.window_tokens
+    needed = {
+        "softcap": call.softcap is not None,
+        "s_aux": call.sinks is not None,
+        "sliding_window": window is not None and window < call.k.shape[1],
+    }
+    if missing := [name for name, is_needed in needed.items() if is_needed]:
         raise ValueError(f"SDPA has no {' and no '.join(missing)}, which this model needs")
-    call = partial(
-        F.scaled_dot_product_attention,
-        *(query, key, value),
-        is_causal=query.shape[2] > 1,
-        scale=scaling,
-        enable_gqa=True,
-    )
-    if backend is None:
-        out = call()
-    else:
-        with sdpa_kernel(backend):
-            out = call()
-    return out.transpose(1, 2).contiguous(), None
 
 
 def _publishes(state: ForwardState, lists: Tensor) -> None:

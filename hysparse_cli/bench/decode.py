@@ -16,7 +16,6 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.bench.timing import Marks
 from hysparse_cli.model.kv_cache import KvCache, held_kv_bytes, kv_cache_of
-from hysparse_cli.model.state import ForwardState
 
 WARM_STEPS = 2
 
@@ -108,7 +107,7 @@ def decode(
     calls, part.calls = part.calls, None
     device = decoding.ids.device
     whole = _each_ms(decoding.step, decoding.rewind, device, steps)
-    attention = _each_ms(lambda: _repeat(calls), lambda: None, device, steps)
+    attention = _each_ms(lambda: part.repeat(calls), lambda: None, device, steps)
     part.witness = witness
     decoding.step()
     return {"tpots_ms": whole, "attentions_ms": attention, "kv_bytes": decoding.kv_bytes}
@@ -144,14 +143,3 @@ def _graph_of(
     graph.replay()
     between()
     return graph.replay
-
-
-def _repeat(calls: list[Callable[[], Any]]) -> None:
-    """The calls of one step, with a state that no full layer has published to yet."""
-    old: ForwardState | None = calls[0].keywords.get("hysparse")  # type: ignore[attr-defined]
-    fresh = {}
-    if old is not None:
-        state = ForwardState(old.spec, old.num_keys, old.key_range, old.window_range)
-        fresh = {"hysparse": state}
-    for call in calls:
-        call(**fresh)

@@ -1,4 +1,4 @@
-"""Whether the attention that is timed is right: its last queries against float64.
+"""Checks that the attention that is timed is right: its last queries against float64.
 
 Of each measurement the first full and the first sparse layer are held to the reference, on the
 queries, keys and lists that were timed. Gradients are not looked at: ``make bench-kernels`` does
@@ -6,13 +6,13 @@ that.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hysparse_cli.bench.selection import scores_of, shortfall
-from hysparse_cli.model.attention import hysparse_attention
+from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.state import ForwardState, Shared
 from hysparse_kernels import FullAttention, causal, full_attention
 from hysparse_kernels.backends import run_by
@@ -22,33 +22,22 @@ LEAST_ALLOWED = 1e-5  # of sums in float32, however fine the dtype
 WRONG = "wrong"
 
 
-class AttentionCall(NamedTuple):
-    """One call of a transformers attention function.
-
-    q, k, v: (B, heads, tokens, D). options: the function's others. out: (B, T, H, Dv), the result.
-    selected: whether the lists in use are those that full layers select.
-    """
-
-    module: Any
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    options: dict[str, Any]
-    out: Tensor
-    selected: bool
-
-
 class AttentionCheck:
     """Remembers what the first full and the first sparse attention layer were given, and gave."""
 
     def __init__(self) -> None:
         self._seen: dict[str, _Layer] = {}
 
-    def see(self, call: AttentionCall) -> None:
-        """Remember ``call``, if it is of a layer that is looked at: the latest counts."""
-        kind = "full" if call.options.get("branches") is None else "sparse"
-        if kind not in self._seen or self._seen[kind].index == call.module.layer_idx:
-            self._seen[kind] = _Layer(call)
+    def see(self, call: LayerCall, out: Tensor, *, selected: bool) -> None:
+        """Remember ``call``, if it is of a layer that is looked at: the latest counts.
+
+        Args:
+            out: (B, T, H, Dv), what it gave. selected: whether the lists in use are those that full
+                layers select.
+        """
+        kind = "full" if call.branches is None else "sparse"
+        if kind not in self._seen or self._seen[kind].call.layer == call.layer:
+            self._seen[kind] = _Layer(call, out, selected)
 
     @torch.no_grad()
     def errors(self) -> dict[str, float]:
@@ -84,28 +73,21 @@ def wrong(numbers: Mapping[str, Any], dtype: torch.dtype) -> str | None:
 class _Layer:
     """One layer's attention of the first sequence's last queries."""
 
-    def __init__(self, call: AttentionCall):
-        self.module, self.index = call.module, call.module.layer_idx
-        self.begin, self.end = max(0, call.q.shape[2] - CHECKED_QUERIES), call.q.shape[2]
-        self.q = call.q.detach()[:1, :, self.begin :].clone()
-        self.out = call.out.detach()[:1, self.begin :].clone()
-        self.k, self.v = call.k.detach()[:1], call.v.detach()[:1]
-        self.options = dict(call.options)
-        self.state: ForwardState | None = self.options.pop("hysparse", None)
-        self.branches = self.options.pop("branches", None)
-        self.shared: Shared | None = None
-        self.chosen: Tensor | None = None
-        if self.state is None or not self.state.spec.selects:
+    def __init__(self, call: LayerCall, out: Tensor, selected: bool):
+        begin, end = max(0, call.q.shape[1] - CHECKED_QUERIES), call.q.shape[1]
+        self.out, self.queries = out.detach()[:1, begin:].clone(), slice(begin, end)
+        k, v = call.k.detach()[:1], call.v.detach()[:1]
+        self.call = call.replace(q=call.q.detach()[:1, begin:].clone(), k=k, v=v)
+        self.shared: Shared | None = None  # what it reads, of a server
+        self.chosen: Tensor | None = None  # (1, t, G, K), what it selects for others
+        if call.block_idx is None:
             return
-        layers = self.state.spec.layers
-        if self.branches is not None:
-            self.shared = self._of_queries(self.state.shared_by(layers.server_of(self.index)))
-        elif call.selected and layers.serves(self.index):
-            self.chosen = self._of_queries(self.state.shared_by(self.index)).block_idx
-
-    def _of_queries(self, shared: Shared) -> Shared:
-        k, v, block_idx = (x.detach()[:1] for x in shared)
-        return Shared(k, v, block_idx[:, self.begin :].clone())
+        k, v, block_idx = (x.detach()[:1] for x in call.shared)
+        block_idx = block_idx[:, begin:].clone()
+        if call.branches is not None:
+            self.shared = Shared(k, v, block_idx)
+        elif selected:
+            self.chosen = block_idx
 
     def error(self) -> float:
         truth = self._truth()
@@ -113,51 +95,58 @@ class _Layer:
 
     def selection_error(self, chosen: Tensor) -> float:
         """Args: chosen: (1, t, G, K)."""
-        assert self.state is not None
-        scores = self._attend_in_full(self.state.spec.block_size).block_scores
+        assert self.call.state is not None
+        scores = self._attend_in_full(self.call.state.spec.block_size).block_scores
         assert scores is not None
         best = scores.topk(min(chosen.shape[-1], scores.shape[-1])).values
         return shortfall(scores_of(chosen, scores)[..., : best.shape[-1]], best)
 
     def _truth(self) -> Tensor:
-        if self.branches is None:
+        call, state = self.call, self._state()
+        if call.branches is None:
             return self._attend_in_full(None).out
-        assert self.state is not None
-        gates, sinks = self.branches
-        if gates is not None:
-            gates = gates.detach()[:1, self.begin :].double()
-        state = self._state()
+        assert state is not None, "a sparse layer's"
+        gate_logits, sinks = call.branches
+        if gate_logits is not None:
+            gate_logits = gate_logits.detach()[:1, self.queries].double()
         if self.shared is not None:
             k, v, block_idx = self.shared
-            server = state.spec.layers.server_of(self.index)
+            server = state.spec.layers.server_of(call.layer)
             state.publish(server, Shared(k.double(), v.double(), block_idx))
-        q, k, v = (x.double() for x in (self.q, self.k, self.v))
-        more = {"hysparse": state, "branches": (gates, sinks.double()), **self.options}
         with run_by("reference"):
-            out: Tensor = hysparse_attention(self.module, q, k, v, None, **more)[0]
-        return out
+            return call.replace(
+                q=call.q.double(),
+                k=call.k.double(),
+                v=call.v.double(),
+                state=state,
+                branches=(gate_logits, sinks.double()),
+            ).attend()
 
-    def _state(self) -> ForwardState:
-        assert self.state is not None
-        whole, window = self.state.key_range, self.state.window_range
-        mine = whole.slab(self.begin, self.end), window.slab(self.begin, self.end)
-        return ForwardState(self.state.spec, self.state.num_keys, *mine)
+    def _state(self) -> ForwardState | None:
+        """Of a forward over the queries that are looked at, with nothing published in it yet."""
+        state, queries = self.call.state, self.queries
+        if state is None:
+            return None
+        whole, window = (
+            key_range.slab(queries.start, queries.stop)
+            for key_range in (state.key_range, state.window_range)
+        )
+        return ForwardState(state.spec, state.num_keys, whole, window)
 
     def _attend_in_full(self, block_size: int | None) -> FullAttention:
-        q, k, v = (x.double().transpose(1, 2) for x in (self.q, self.k, self.v))
-        seen = causal(q.shape[1], k.shape[1], q.device)
-        if self.state is not None:
-            seen = self._state().key_range
-        sinks = self.options.get("s_aux")
+        call, state = self.call, self._state()
+        seen = causal(call.q.shape[1], call.k.shape[1], call.q.device)
+        if state is not None:
+            seen = state.key_range
         with run_by("reference"):
             return full_attention(
-                q,
-                k,
-                v,
+                call.q.double(),
+                call.k.double(),
+                call.v.double(),
                 key_range=seen,
-                scale=self.options.get("scaling"),
-                softcap=self.options.get("softcap"),
-                sinks=None if sinks is None else sinks.double(),
+                scale=call.scale,
+                softcap=call.softcap,
+                sinks=None if call.sinks is None else call.sinks.double(),
                 block_size=block_size,
                 return_block_scores=block_size is not None,
             )

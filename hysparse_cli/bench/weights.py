@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hysparse_cli.bench.attention import DENSE_NAME
 from hysparse_cli.bench.subjects import Subject
 from hysparse_cli.convert.shapes import dense_config
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.files.foreign import without_kernels
+from hysparse_cli.model.attention import DENSE_NAME
 from hysparse_cli.model.config import MODEL_TYPE
 from hysparse_cli.model.loading import load
 from hysparse_cli.model.registration import HySparseConfig

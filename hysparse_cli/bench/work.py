@@ -112,15 +112,9 @@ def _reach(
     spec: HysparseSpec | None, windows: tuple[int | None, ...]
 ) -> Iterator[tuple[int | None, ...]]:
     """For each layer the keys that its branches reach at most; None for all."""
+    sparse = () if spec is None else spec.layers.sparse_layers
     for layer, window in enumerate(windows):
-        if spec is None or spec.pattern[layer] == "F":
-            yield (window,)
-        elif not spec.selects:
-            yield (spec.window_tokens,)
-        elif spec.window_kv == "none":
-            yield (spec.top_k_tokens,)
-        else:
-            yield (spec.top_k_tokens, spec.window_tokens)
+        yield spec.kind.reach(spec) if spec is not None and layer in sparse else (window,)
 
 
 def _seen(keys: int, limit: int | None) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from hysparse_cli.bench.attention import DENSE_NAME, record_attention
+from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.bench.ceilings import measured_ceilings
 from hysparse_cli.bench.decode import decode
 from hysparse_cli.bench.exactness import AttentionCheck, wrong
@@ -33,6 +33,7 @@ from hysparse_cli.bench.weights import Weights, config_of, torch_dtype
 from hysparse_cli.bench.work import ModelSizes, work_of
 from hysparse_cli.devices import free_memory
 from hysparse_cli.errors import HysparseError, OutOfResources
+from hysparse_cli.model.attention import DENSE_NAME
 from hysparse_cli.model.kv_cache import kv_cache_of
 from hysparse_cli.model.loading import resolve_device
 from hysparse_cli.recipe import BenchOptions
@@ -92,7 +93,7 @@ class ReadySubject:
     def __init__(self, subject: Subject, options: BenchOptions):
         self.subject, self.options = subject, options
         self.device = resolve_device(options.device)
-        self.part = record_attention(subject.is_dense, subject.backend)
+        self.part = AttentionPart(subject.backend)
         self._weights: Weights | None = None
 
     def answer(self, asked: Cell | str) -> Any:
@@ -200,6 +201,7 @@ class ReadySubject:
                 options.seed,
                 trust_remote_code=options.trust_remote_code,
             )
+            self.part.attach(self._weights.model)
         self._weights.restore()
         return self._weights.model
 

@@ -26,6 +26,6 @@ def evaluate(
         result = evaluation.evaluate(checkpoints, options, advance)
     warn(result.bad_rows.warnings(options.data))
     hint(checkpoints)
-    show(result, as_json)
+    show(result, as_json, evaluation.tables)
     if failures := result.failures():
         raise QualityGateFailed(f"required {'; '.join(failures)}")

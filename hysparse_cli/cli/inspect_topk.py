@@ -33,5 +33,5 @@ def inspect_topk(
     with stages() as on_stage:
         found = inspection.inspect_topk(checkpoint, options, planned, asked, on_stage)
     hint([checkpoint])
-    show(found, as_json)
+    show(found, as_json, inspection.as_table)
     inspection.write_files(found)

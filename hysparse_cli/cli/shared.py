@@ -60,8 +60,12 @@ class AlreadySaid(SystemExit):
     """An exit for which the reason was given, or needs no word."""
 
 
-def show(result: Any, as_json: bool) -> None:
-    """Print a result: its ``as_json()`` object, or its ``table()`` for people."""
+def show(result: Any, as_json: bool, as_table: Callable[[Any], Any] | None = None) -> None:
+    """Print a result: its ``as_json()`` object, or for people ``as_table`` of it.
+
+    Args:
+        as_table: without one, the result's own ``table()``.
+    """
     if as_json:
         write(json.dumps(result.as_json(), indent=2) + "\n")
         return
@@ -69,7 +73,7 @@ def show(result: Any, as_json: bool) -> None:
     from rich.segment import Segment, Segments
 
     console = Console(markup=False, emoji=False)  # names and errors are no markup
-    segments = console.render(result.table())
+    segments = console.render(result.table() if as_table is None else as_table(result))
     drawn = [Segment(cells(text), style, control) for text, style, control in segments]
     with console.capture() as capture:
         console.print(Segments(drawn))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hysparse_cli.evaluate.perplexity import token_losses
 from hysparse_cli.model.config import HysparseSpec
-from hysparse_cli.model.state import Variation
+from hysparse_cli.model.state import ForwardOptions, Variation
 from hysparse_cli.texts.calibration import CalibrationText
 
 OnProgress = Callable[[int, int], None]
@@ -176,6 +176,6 @@ def put_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:
 def _summed(model: Any, row: Tensor, answers: Tensor, variation: Variation | None = None) -> Tensor:
     """(2,) float64: the summed loss of all tokens of a row, and of its answers."""
     input_ids = row[None].to(model.device)
-    varied = {} if variation is None else {"hysparse_variation": variation}
+    varied = {} if variation is None else {"hysparse": ForwardOptions(variation=variation)}
     losses = token_losses(model, input_ids, **varied)[0].double().cpu()
     return torch.stack([losses.sum(), losses[answers[1:]].sum()])

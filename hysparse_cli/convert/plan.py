@@ -60,8 +60,8 @@ class Plan:
     @property
     def start_is_measured(self) -> bool:
         """Whether the new tensors are fitted: without two branches there are no gates to fit."""
-        two = self.spec.num_branches == 2 and bool(self.spec.layers.sparse_layers)
-        return self.options.init != "constant" and two
+        gated = self.spec.kind.gate is not None and bool(self.spec.layers.sparse_layers)
+        return self.options.init != "constant" and gated
 
     @property
     def runs_the_model(self) -> bool:

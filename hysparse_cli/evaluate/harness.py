@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (the package lm_eval), run on a loaded checkpoint."""
+"""Runs tasks of EleutherAI's lm-evaluation-harness (the package lm_eval) on a checkpoint."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Gates such as ``loss<=dense+0.01``: what a checkpoint must reach, alone or beside another."""
+"""Reads and judges requirements such as ``loss<=dense+0.01``."""
 
 import math
 import operator
@@ -19,7 +19,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 
 
 @dataclass(frozen=True)
-class Gate:
+class Requirement:
     """``metric operator reference + number``; without a reference the number alone.
 
     reference: a checkpoint's name, or DENSE for the first dense one.
@@ -34,39 +34,41 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate found: ``value`` against ``bound``, for the checkpoint at a place."""
+    """What a requirement found: ``value`` against ``bound``, for the checkpoint at a place."""
 
-    gate: Gate
+    requirement: Requirement
     place: int
     value: float
     bound: float
 
     @property
     def holds(self) -> bool:
-        return _OPERATORS[self.gate.operator](self.value, self.bound)
+        return _OPERATORS[self.requirement.operator](self.value, self.bound)
 
 
-def parse_gates(texts: Sequence[str], names: Sequence[str], metrics: Sequence[str]) -> list[Gate]:
-    """Read gates: METRIC, one of <= >= < >, then NUMBER or REFERENCE or REFERENCE±NUMBER.
+def parse_requirements(
+    texts: Sequence[str], names: Sequence[str], metrics: Sequence[str]
+) -> list[Requirement]:
+    """Read requirements: METRIC, one of <= >= < >, then NUMBER or REFERENCE or REFERENCE±NUMBER.
 
     Args:
         names: what the checkpoints are called, in their order; "dense" is known besides.
         metrics: what will be measured. Lengths may be written as 8192 or 8k.
-    Raises: InvalidRecipe naming every gate that can't be read.
+    Raises: InvalidRecipe naming every one that can't be read.
     """
-    gates: list[Gate] = []
+    requirements: list[Requirement] = []
     errors: list[str] = []
     for text in texts:
         try:
-            gates.append(_parse(text, names, metrics))
+            requirements.append(_parse(text, names, metrics))
         except ValueError as error:
             errors.append(f"require {text!r}: {error}")
     if errors:
         raise InvalidRecipe("; ".join(errors))
-    return gates
+    return requirements
 
 
-def _parse(text: str, names: Sequence[str], metrics: Sequence[str]) -> Gate:
+def _parse(text: str, names: Sequence[str], metrics: Sequence[str]) -> Requirement:
     parts = re.fullmatch(r"\s*([^<>=\s]+)\s*(<=|>=|<|>)\s*([^<>=]*?)\s*", text)
     if parts is None:
         raise ValueError("not METRIC<=NUMBER or METRIC<=CHECKPOINT+NUMBER (or >=, <, >)")
@@ -85,7 +87,7 @@ def _parse(text: str, names: Sequence[str], metrics: Sequence[str]) -> Gate:
     number = float(f"{bound[2] or ''}{bound[3] or 0}")
     if bound[1] and len(names) == 1:
         raise ValueError(f"there is no other checkpoint to compare {names[0]} with: give one")
-    return Gate(text, metric, parts[2], bound[1], number)
+    return Requirement(text, metric, parts[2], bound[1], number)
 
 
 def _length(found: re.Match[str]) -> str:
@@ -99,23 +101,30 @@ def length_name(tokens: int) -> str:
 
 
 def judge(
-    gates: Sequence[Gate], found: Sequence[Mapping[str, float]], places: Mapping[str, int]
+    requirements: Sequence[Requirement],
+    found: Sequence[Mapping[str, float]],
+    places: Mapping[str, int],
 ) -> list[Verdict]:
-    """What each gate says of each checkpoint that it is for.
+    """What each requirement says of each checkpoint that it is for.
 
-    A gate is for every checkpoint but its reference; without one, for all but the first, or for
-    the only one.
+    It is for every checkpoint but its reference; without one, for all but the first, or for the
+    only one.
 
     Args:
         found: each checkpoint's metrics. places: of the references in ``found``.
     """
     verdicts = []
-    for gate in gates:
-        reference = None if gate.reference is None else places[gate.reference]
-        base = 0.0 if reference is None else found[reference].get(gate.metric, math.nan)
+    for requirement in requirements:
+        reference = None if requirement.reference is None else places[requirement.reference]
+        base = 0.0 if reference is None else found[reference].get(requirement.metric, math.nan)
         for place, metrics in enumerate(found):
             if place != (reference or 0) or len(found) == 1:
                 verdicts.append(
-                    Verdict(gate, place, metrics.get(gate.metric, math.nan), base + gate.number)
+                    Verdict(
+                        requirement,
+                        place,
+                        metrics.get(requirement.metric, math.nan),
+                        base + requirement.number,
+                    )
                 )
     return verdicts

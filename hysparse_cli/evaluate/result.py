@@ -1,34 +1,19 @@
-"""What ``hysparse eval`` found: scores, their differences to the first checkpoint's, JSON."""
+"""Holds what ``hysparse eval`` found, and gives it as JSON, with differences to the first."""
 
 from dataclasses import dataclass
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hysparse_cli.evaluate.harness import TaskScore
 from hysparse_cli.evaluate.perplexity import Loss
 from hysparse_cli.evaluate.requirements import Verdict, length_name
+from hysparse_cli.evaluate.retrieval import Retrieval
 from hysparse_cli.evaluate.statistics import Difference, Sample, difference, finite
 from hysparse_cli.model.loading import short_names
 from hysparse_cli.recipe import EvalOptions
 from hysparse_cli.texts.documents import BadRows
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
 SCHEMA = "hysparse.eval/2"
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """How many of the questions of one form and length were answered rightly, by context."""
-
-    form: str
-    tokens: int
-    sample: Sample
-
-    @property
-    def accuracy(self) -> float:
-        return self.sample.mean
 
 
 @dataclass(frozen=True)
@@ -43,7 +28,7 @@ class CheckpointScores:
     tasks: list[TaskScore]
 
     def metrics(self) -> dict[str, float]:
-        """What a gate may name: see ``metric_names``."""
+        """What a requirement may name: see ``metric_names``."""
         found: dict[str, float] = {}
         if self.loss is not None:
             found |= {"loss": self.loss.nats_per_token, "perplexity": self.loss.perplexity}
@@ -94,18 +79,13 @@ class Evaluation:
         return short_names([score.checkpoint for score in self.scores])
 
     def failures(self) -> list[str]:
-        """What each gate that does not hold says, and of which checkpoint."""
+        """What each requirement that does not hold says, and of which checkpoint."""
         return [
-            f"{verdict.gate.text}: {self.names[verdict.place]} has {verdict.value:.6g}, the bound "
-            f"is {verdict.bound:.6g}"
+            f"{verdict.requirement.text}: {self.names[verdict.place]} has {verdict.value:.6g}, the "
+            f"bound is {verdict.bound:.6g}"
             for verdict in self.verdicts
             if not verdict.holds
         ]
-
-    def table(self) -> "Group":
-        from hysparse_cli.evaluate.table import tables
-
-        return tables(self)
 
     def as_json(self) -> dict[str, Any]:
         first = self.scores[0]
@@ -119,7 +99,7 @@ class Evaluation:
             ],
             "gates": [
                 {
-                    "require": verdict.gate.text,
+                    "require": verdict.requirement.text,
                     "checkpoint": self.scores[verdict.place].checkpoint,
                     "value": finite(verdict.value),
                     "bound": finite(verdict.bound),

@@ -1,16 +1,16 @@
-"""``hysparse eval``: checkpoints side by side, on text, on retrieval and on tasks of lm-eval."""
+"""Runs ``hysparse eval``: checkpoints side by side on text, retrieval and tasks of lm-eval."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from hysparse_cli.devices import describe
 from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.evaluate.eval_set import EvalSet
 from hysparse_cli.evaluate.harness import Harness
-from hysparse_cli.evaluate.requirements import DENSE, Gate, judge, parse_gates
+from hysparse_cli.evaluate.requirements import DENSE, Requirement, judge, parse_requirements
 from hysparse_cli.evaluate.result import Evaluation, metric_names
 from hysparse_cli.evaluate.score import Progress, Scorer
 from hysparse_cli.evaluate.state import FINISHED, State
-from hysparse_cli.evaluate.texts import Texts
 from hysparse_cli.files.checkpoint import open_checkpoint
 from hysparse_cli.files.output import keeping
 from hysparse_cli.files.source import locate
@@ -36,37 +36,36 @@ def evaluate(
             "nothing to evaluate: give --data, --retrieval-tokens or --lm-eval, or several"
         )
     names = short_names(checkpoints)
-    gates = parse_gates(options.require, names, metric_names(options))
+    requirements = parse_requirements(options.require, names, metric_names(options))
     trusted = options.trust_remote_code
     folders = [locate(name, trust_remote_code=trusted).folder for name in checkpoints]
     dense = ["hysparse" not in open_checkpoint(folder).config for folder in folders]
-    references = _references(gates, names, dense)
+    references = _references(requirements, names, dense)
     bad_rows = BadRows(options.skip_bad_rows, "--skip-bad-rows")
     documents = _read(options, bad_rows, on_progress) if options.data is not None else None
-    texts = Texts(documents, options)
     harness = Harness(options, folders[0]) if options.lm_eval else None
     state = State(Path(options.output) if options.output else None)
     environment = describe(resolve_device(options.device))
-    scorer = Scorer(texts, harness, state, options, environment, on_progress)
+    scorer = Scorer(EvalSet(documents, options), harness, state, options, environment, on_progress)
     with keeping(state.folder and state.folder / FINISHED):
         scores = [scorer.score(*pair) for pair in zip(checkpoints, folders, strict=True)]
-    verdicts = judge(gates, [score.metrics() for score in scores], references)
+    verdicts = judge(requirements, [score.metrics() for score in scores], references)
     evaluation = Evaluation(options, environment, scores, verdicts, bad_rows)
     state.write_result(evaluation.as_json())
     return evaluation
 
 
 def _references(
-    gates: Sequence[Gate], names: Sequence[str], dense: Sequence[bool]
+    requirements: Sequence[Requirement], names: Sequence[str], dense: Sequence[bool]
 ) -> dict[str, int]:
-    """The places of what gates compare with."""
+    """The places of what requirements compare with."""
     places = {name: place for place, name in enumerate(names)}
     if DENSE not in places and True in dense:
         places[DENSE] = dense.index(True)
-    for gate in gates:
-        if gate.reference is not None and gate.reference not in places:
+    for requirement in requirements:
+        if requirement.reference is not None and requirement.reference not in places:
             raise InvalidRecipe(
-                f"require {gate.text!r}: no checkpoint is dense: give one, or name another"
+                f"require {requirement.text!r}: no checkpoint is dense: give one, or name another"
             )
     return places
 

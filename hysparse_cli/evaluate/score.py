@@ -1,4 +1,4 @@
-"""One checkpoint's scores, each measured once: what is finished is taken from the state."""
+"""Scores a checkpoint, each measurement once: what is finished is taken from the state."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -7,17 +7,16 @@ from typing import Any
 
 from hysparse_cli.devices import out_of_memory_is
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+from hysparse_cli.evaluate.eval_set import EvalSet
 from hysparse_cli.evaluate.harness import Harness, TaskScore
 from hysparse_cli.evaluate.perplexity import Loss, measure_loss
-from hysparse_cli.evaluate.result import CheckpointScores, Retrieval
-from hysparse_cli.evaluate.scoring import count_correct, count_found
+from hysparse_cli.evaluate.result import CheckpointScores
+from hysparse_cli.evaluate.retrieval import Retrieval, count_right
 from hysparse_cli.evaluate.state import Found, Key, State, file_as_it_is
 from hysparse_cli.evaluate.statistics import Sample
-from hysparse_cli.evaluate.texts import Texts
 from hysparse_cli.model.config import spec_of
 from hysparse_cli.model.loading import Loaded, load
 from hysparse_cli.recipe import EvalOptions
-from hysparse_cli.recipe.evaluate import FAMILIES
 from hysparse_cli.texts.facts import Task
 
 FORMAT = 2  # of what is kept: goes up when a measurement changes
@@ -38,14 +37,14 @@ class Scorer:
 
     def __init__(
         self,
-        texts: Texts,
+        eval_set: EvalSet,
         harness: Harness | None,
         state: State,
         options: EvalOptions,
         environment: dict[str, Any],
         on_progress: Progress,
     ):
-        self.texts, self.harness, self.state = texts, harness, state
+        self.eval_set, self.harness, self.state = eval_set, harness, state
         self.options, self.on_progress = options, on_progress
         self._machine = {name: environment[name] for name in environment if name != "threads"}
         self._data = file_as_it_is(Path(options.data)) if options.data is not None else None
@@ -135,7 +134,7 @@ class Scorer:
         _check_lengths(checkpoint, loaded.model.config, self.options)
         self.on_progress(f"{checkpoint}: tokenizing", 0, 1)
         for task in self._tasks:
-            self.texts.check(loaded.tokenizer, task)
+            self.eval_set.question(loaded.tokenizer, task, 0)  # raises where it does not fit
         return loaded
 
     def _about(self, checkpoint: str, loaded: Loaded) -> Found:
@@ -143,11 +142,11 @@ class Scorer:
         return {
             "attention": "dense" if spec is None else f"{spec.layout} {spec.pattern}",
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "windows": self.texts.digest(loaded.tokenizer),
+            "windows": self.eval_set.digest(loaded.tokenizer),
         }
 
     def _loss(self, checkpoint: str, loaded: Loaded) -> Found:
-        windows = self.texts.windows(loaded.tokenizer)
+        windows = self.eval_set.windows(loaded.tokenizer)
         assert windows
         loss = measure_loss(
             loaded.model,
@@ -164,19 +163,13 @@ class Scorer:
                 what = f"{checkpoint}: {task.form}, {task.tokens} tokens"
                 self.on_progress(what, begin, samples)
                 batch = range(begin, min(begin + self.options.batch_size, samples))
-                found = self._answers(loaded, task, batch)
+                questions = [self.eval_set.question(loaded.tokenizer, task, i) for i in batch]
+                found = count_right(loaded.model, loaded.tokenizer, questions)
                 total.sums.extend(found.sums)
                 total.counts.extend(found.counts)
             return asdict(total)
 
         return measure
-
-    def _answers(self, loaded: Loaded, task: Task, batch: range) -> Sample:
-        model, tokenizer = loaded.model, loaded.tokenizer
-        if task.form in FAMILIES:
-            prompts = [self.texts.prompt(tokenizer, task, index) for index in batch]
-            return count_found(model, tokenizer, prompts)
-        return count_correct(model, [self.texts.context(tokenizer, task, i) for i in batch])
 
     def _task(self, name: str) -> Callable[[str, Loaded], Found]:
         def measure(checkpoint: str, loaded: Loaded) -> Found:

@@ -1,9 +1,11 @@
-"""What was measured piece by piece, and how far two models differ on the same pieces."""
+"""Means of what was measured piece by piece, and how far two models differ on the same pieces."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+
+from scipy.special import stdtrit
 
 FEWEST_PIECES = 4  # fewer say too little about how much they vary
 
@@ -65,14 +67,7 @@ def difference(sample: Sample, reference: Sample) -> Difference:
         return Difference(value, None)
     spread = math.fsum((d - value * n) ** 2 for d, n in pieces)
     error = math.sqrt(spread * len(pieces) / (len(pieces) - 1)) / sample.count
-    return Difference(value, student_975(len(pieces) - 1) * error)
-
-
-def student_975(degrees: int) -> float:
-    """The 97.5% quantile of Student's t."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees, 0.975))
+    return Difference(value, float(stdtrit(len(pieces) - 1, 0.975)) * error)
 
 
 def mean_difference(found: Sequence[Difference]) -> Difference | None:

@@ -1,4 +1,4 @@
-"""An evaluation as a table: checkpoints side by side, differences to the first below the values."""
+"""Draws an evaluation: checkpoints side by side, differences to the first below the values."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +92,7 @@ def _table(evaluation: Evaluation, places: Sequence[int]) -> "Table":
             table.add_row(line.name, count, *line.cells())
         table.add_section()
     for require in evaluation.options.require:
-        holds = {v.place: v.holds for v in evaluation.verdicts if v.gate.text == require}
+        holds = {v.place: v.holds for v in evaluation.verdicts if v.requirement.text == require}
         words = {True: "holds", False: "fails", None: ""}
         table.add_row(require, "", *(words[holds.get(place)] for place in places))
     if skipped := evaluation.bad_rows.count:

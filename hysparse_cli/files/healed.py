@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hysparse_cli.files.reading import read_json
 from hysparse_cli.files.source import locate
-from hysparse_cli.pattern import SPARSE
+from hysparse_cli.pattern import names_sparse
 from hysparse_cli.printable import printable
 
 CONVERTED, FINETUNED = "hysparse_report.json", "hysparse_finetune.json"
@@ -18,7 +18,7 @@ def is_unhealed(folder: Path) -> bool:
         return False
     config = read_json(folder / "config.json")
     section = config.get("hysparse") if isinstance(config, dict) else None
-    return isinstance(section, dict) and SPARSE in str(section.get("pattern"))
+    return isinstance(section, dict) and names_sparse(section.get("pattern"))
 
 
 def hints(checkpoints: Sequence[str]) -> list[str]:

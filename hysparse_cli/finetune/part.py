@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from hysparse_cli.finetune.data import IGNORED, Row
 from hysparse_cli.model.context_parallel import SPLIT, SplitRows
 from hysparse_cli.model.logits import hidden_states, layer_states
+from hysparse_cli.model.state import ForwardOptions
 
 Processes = dist.ProcessGroup | None  # that split their rows, this one among them
 
@@ -41,7 +42,7 @@ class Part:
     def _inputs(self, model: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = {"position_ids": self._of(self.rows.position_ids)}
         if model.config._attn_implementation == SPLIT:
-            inputs["hysparse_rows"] = self.rows
+            inputs["hysparse"] = ForwardOptions(rows=self.rows)
         return inputs
 
     def _of(self, whole: Tensor) -> Tensor:

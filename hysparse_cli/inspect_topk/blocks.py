@@ -1,4 +1,4 @@
-"""What each key block gets of a layer's attention, a slab of queries at a time.
+"""Sums a layer's attention by key block, a slab of queries at a time.
 
 Shape suffixes as in hysparse_kernels.reference; t is the queries of one slab. The batch is 1, every
 query sees all keys up to its own, and no map of queries by keys is larger than a slab.

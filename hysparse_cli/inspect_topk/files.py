@@ -1,8 +1,11 @@
-"""The files that ``hysparse inspect-topk`` writes: each whole or not at all."""
+"""Writes the files of ``hysparse inspect-topk``, each whole or not at all."""
 
+import html
+import json
 import os
 import re
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +112,11 @@ def _write_lists(inspection: Inspection, path: Path) -> None:
 
 
 def _write_html(inspection: Inspection, path: Path) -> None:
-    from hysparse_cli.inspect_topk.page import as_page
-
-    path.write_text(as_page(inspection), encoding="utf-8")
+    """page.html with the JSON inside: it draws that object and needs nothing else."""
+    template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    data = json.dumps(inspection.as_json(), ensure_ascii=False).replace("<", "\\u003c")
+    page = template.replace("__TITLE__", html.escape(inspection.checkpoint))
+    path.write_text(page.replace("__DATA__", data), encoding="utf-8")
 
 
 def _write_png(inspection: Inspection, path: Path) -> None:

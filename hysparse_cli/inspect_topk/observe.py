@@ -1,9 +1,8 @@
-"""Looking at each attention layer in turn while the model runs, dense or converted."""
+"""Reduces each attention layer to statistics while the model runs, dense or converted."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,12 @@ from torch import Tensor
 from hysparse_cli.families import family_of
 from hysparse_cli.inspect_topk.blocks import BlockShares, LayerInputs, block_shares
 from hysparse_cli.inspect_topk.branches import BranchSlab, BranchStatistics, BranchSums, branch_slab
-from hysparse_cli.inspect_topk.fit import Fit, FitSums
 from hysparse_cli.inspect_topk.needle import LayerNeedle, NeedleStatistics, blocks_of
-from hysparse_cli.inspect_topk.overlap import OverlapSums
 from hysparse_cli.inspect_topk.reading import Reading
+from hysparse_cli.inspect_topk.statistics import Fit, FitSums, OverlapSums
 from hysparse_cli.inspect_topk.subject import Subject
-from hysparse_cli.model.logits import hidden_states
-from hysparse_cli.model.observe import LayerSeen, watch_attention
+from hysparse_cli.model.attention import LayerCall
+from hysparse_cli.model.observe import observe
 from hysparse_kernels.reference import select_blocks
 
 OnLayer = Callable[[int, int], None]
@@ -50,17 +48,14 @@ def look(subject: Subject, reading: Reading, on_layer: OnLayer) -> tuple[Seen, T
     Returns: what was seen; and (1, T, hidden), what the model's head reads.
     """
     input_ids = torch.tensor([reading.ids], device=subject.model.device)
-    eye = _Observer(subject, reading, on_layer)
-    if subject.plan is not None:
-        hidden = watch_attention(subject.model, input_ids, eye.on_dense_layer)
-    else:
-        hidden = hidden_states(subject.model, input_ids, hysparse_observer=eye.on_converted_layer)
-    eye.seen.overlap = tuple(sums.similarity() for sums in eye.overlaps)
-    return eye.seen, hidden
+    statistics = _LayerStatistics(subject, reading, on_layer)
+    hidden = observe(subject.model, input_ids, statistics)
+    statistics.seen.overlap = tuple(sums.similarity() for sums in statistics.overlaps)
+    return statistics.seen, hidden
 
 
-class _Observer:
-    """Reduces each layer to its statistics while the forward is at that layer."""
+class _LayerStatistics:
+    """The observer of a forward: reduces each layer to its statistics."""
 
     def __init__(self, subject: Subject, reading: Reading, on_layer: OnLayer):
         self.subject, self.asked, self.on_layer = subject, reading.asked, on_layer
@@ -78,27 +73,13 @@ class _Observer:
             self.blocks = blocks_of(self.asked.needle, self.sizes.block_size)
             self.seen.needle = [[] for _ in self.blocks]
 
-    def on_dense_layer(self, layer: int, seen: LayerSeen) -> None:
-        self._look(
-            layer, LayerInputs(seen.q, seen.k, seen.scale, seen.softcap, seen.sinks), None, None
-        )
-
-    def on_converted_layer(
-        self,
-        *,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-        block_idx: Tensor | None,
-        gates: Tensor | None,
-        **rest: Any,
-    ) -> None:
-        if layer in self.layout.sparse_layers and gates is None:  # no SWA branch
-            gates = q.new_tensor([1.0, 0.0]).float().expand(*q.shape[:3], 2)
-        self._look(layer, LayerInputs(q, k, scale, softcap, sinks), block_idx, gates)
+    def __call__(self, call: LayerCall) -> Tensor:
+        out, gates = call.attend(), call.gates
+        if call.branches is not None and gates is None:  # no SWA branch
+            gates = call.q.new_tensor([1.0, 0.0]).float().expand(*call.q.shape[:3], 2)
+        inputs = LayerInputs(call.q, call.k, call.scale, call.softcap, call.sinks)
+        self._look(call.layer, inputs, call.block_idx, gates)
+        return out
 
     def _look(
         self, layer: int, inputs: LayerInputs, block_idx: Tensor | None, gates: Tensor | None

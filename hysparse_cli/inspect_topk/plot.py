@@ -1,8 +1,7 @@
-"""An inspection as one picture: overlap, what is selected, how the sparse layers are served."""
+"""Draws an inspection as one picture: overlap, selections, how sparse layers are served."""
 
 from typing import TYPE_CHECKING, Any
 
-from hysparse_cli.inspect_topk.maps import mean_map
 from hysparse_cli.inspect_topk.result import FullLayer, Inspection
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def _draw_served(axes: Any, found: Inspection) -> None:
 def _draw_map(axes: Any, found: Inspection, full: FullLayer) -> None:
     import numpy as np
 
-    cells = np.array(mean_map([head.map for head in full.heads]), np.float64)
+    cells = np.array([head.map for head in full.heads], np.float64).mean(0)
     extent = (0, found.tokens, found.tokens, 0)
     axes.imshow(cells, cmap=COLOURS, vmin=0, vmax=1, aspect="auto", extent=extent)
     axes.set_title(f"layer {full.layer} selects, for {_span(full.serves)}", fontsize=10)

@@ -1,4 +1,4 @@
-"""What the model reads: a prompt, a file's first document, or text made up for calibration."""
+"""Makes what the model reads: a prompt, a file's first document, or made-up calibration text."""
 
 from dataclasses import dataclass
 from pathlib import Path

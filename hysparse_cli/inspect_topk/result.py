@@ -1,20 +1,17 @@
-"""What ``hysparse inspect-topk`` found."""
+"""Holds what ``hysparse inspect-topk`` found, and gives it as JSON."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from hysparse_cli.files.rounding import rounded
 from hysparse_cli.inspect_topk.branches import BranchStatistics
-from hysparse_cli.inspect_topk.effects import Effect
-from hysparse_cli.inspect_topk.fit import Fit
-from hysparse_cli.inspect_topk.maps import Map
-from hysparse_cli.inspect_topk.movement import LAGS, Movement
-from hysparse_cli.inspect_topk.needle import LayerNeedle
+from hysparse_cli.inspect_topk.needle import Effect, LayerNeedle
+from hysparse_cli.inspect_topk.selection import LAGS, Map, Movement
+from hysparse_cli.inspect_topk.statistics import Fit
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.recipe import InspectOptions
 
 if TYPE_CHECKING:
-    from rich.console import Group
     from torch import Tensor
 
 SCHEMA = "hysparse.inspect-topk/2"
@@ -101,12 +98,6 @@ class Inspection:
     @property
     def num_blocks(self) -> int:
         return -(-self.tokens // self.spec.block_size)
-
-    def table(self) -> "Group":
-        """Everything for a terminal of 80 columns."""
-        from hysparse_cli.inspect_topk.table import as_table
-
-        return as_table(self)
 
     def as_json(self) -> dict[str, Any]:
         """docs/schema/inspect-topk.json; without the selections, which ``npz`` has."""

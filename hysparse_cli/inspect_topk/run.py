@@ -1,4 +1,4 @@
-"""``hysparse inspect-topk``: what the full layers select, and how that fits those they serve."""
+"""Runs ``hysparse inspect-topk``: reads one text and looks at what each layer does with it."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,15 @@ from torch import Tensor
 
 from hysparse_cli.devices import describe, out_of_memory_is
 from hysparse_cli.errors import UnreadableInput
-from hysparse_cli.inspect_topk.effects import (
+from hysparse_cli.inspect_topk.needle import (
     AS_IT_IS,
     FULL,
     OWN_KEYS,
     Effect,
     answer_in,
+    blocks_of,
     measure_effects,
 )
-from hysparse_cli.inspect_topk.maps import selection_maps
-from hysparse_cli.inspect_topk.movement import movements
-from hysparse_cli.inspect_topk.needle import blocks_of
 from hysparse_cli.inspect_topk.observe import Seen, look
 from hysparse_cli.inspect_topk.reading import Reading, read
 from hysparse_cli.inspect_topk.result import (
@@ -28,9 +26,10 @@ from hysparse_cli.inspect_topk.result import (
     NeedleBlock,
     ServedLayer,
 )
+from hysparse_cli.inspect_topk.selection import movements, selection_maps
 from hysparse_cli.inspect_topk.subject import OnStage, Subject, load_subject
 from hysparse_cli.model.logits import hidden_states
-from hysparse_cli.model.state import Variation
+from hysparse_cli.model.state import ForwardOptions, Variation
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
 
 
@@ -106,9 +105,9 @@ def _needle(
     model, tokenizer, spec = subject.model, subject.tokenizer, subject.spec
     blocks = blocks_of(asked.needle, spec.block_size)
     if subject.plan is None:
-        everywhere = Variation(spec, frozenset(), learned=True)
+        everywhere = ForwardOptions(variation=Variation(spec, frozenset(), learned=True))
         input_ids = torch.tensor([ids], device=model.device)
-        hidden = hidden_states(model, input_ids, hysparse_variation=everywhere)
+        hidden = hidden_states(model, input_ids, hysparse=everywhere)
     in_full = Effect(FULL, [], *answer_in(model, tokenizer, ids, asked, hidden))
     if subject.plan is not None:
         subject.convert_in_memory(on_stage)

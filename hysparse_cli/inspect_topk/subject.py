@@ -1,4 +1,4 @@
-"""What is inspected: a converted checkpoint, or a dense one with a layout planned for it."""
+"""Loads what is inspected: a converted checkpoint, or a dense one with a pattern planned for it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,58 +1,47 @@
-"""An inspection for a terminal of 80 columns: heatmaps that read without colour, and tables."""
+"""Draws an inspection on one screen: a row for each full layer, and the needle's verdict.
+
+Maps, single sparse layers, overlap and the needle by layer are in the files and the JSON.
+"""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from textwrap import shorten
+from typing import TYPE_CHECKING
 
-from hysparse_cli.inspect_topk.effects import Effect
-from hysparse_cli.inspect_topk.fit import Fit
-from hysparse_cli.inspect_topk.maps import Map, mean_map, smaller
-from hysparse_cli.inspect_topk.needle import LayerNeedle
-from hysparse_cli.inspect_topk.result import (
-    FullLayer,
-    Inspection,
-    Needle,
-    NeedleBlock,
-)
+from hysparse_cli.inspect_topk.needle import AS_IT_IS, FULL, OWN_KEYS, Effect
+from hysparse_cli.inspect_topk.result import FullLayer, Inspection, Needle, ServedLayer
+from hysparse_cli.inspect_topk.statistics import Fit
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.text import Text
+    from rich.table import Table
 
-# share above which a cell looks so; the shade reads without colour too
-SHADES = ((0.75, "█", "bright_yellow"), (0.5, "▓", "orange1"), (0.25, "▒", "deep_pink3"))
-FAINT, NEVER, HIDDEN = ("░", "purple4"), ("·", "grey35"), " "
-OVERLAP_SHADES = (
-    (0.9, "█", "bright_yellow"),
-    (0.75, "▓", "orange1"),
-    (0.6, "▒", "deep_pink3"),
-    (0.4, "░", "purple4"),
-    (0.0, "·", "grey35"),
-)
-MOST_HEADS = 3  # maps side by side
-MOST_OVERLAP_LAYERS = 76  # a column a layer
-MOST_WRITTEN_LAYERS = 25  # three
+FAR = 3  # the bin of distances that begins 4 blocks back
+NEEDLE_LETTERS = 48
+# column -> field of a Fit, of the selection and by chance
+FIGURES = {
+    "recall": ("recall", "recall_random"),
+    "mass": ("mass_selected", "mass_random"),
+    "even": ("mass_even", None),
+    "best": ("mass_own_best", None),
+}
 
 
 def as_table(found: Inspection) -> "Group":
+    """What ``found`` says, in 80 columns: about 20 lines, of which one for each full layer."""
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[Any] = [Text(_headline(found))]
-    for full in found.full_layers:
-        parts += [Text(), *_full_layer(found, full)]
-    parts += [Text(), _legend("Down: queries, right: keys. Selected:")]
-    parts += _served(found, "choose", [layer.fit for layer in found.served_layers])
-    at_answers = [layer.answer_fit for layer in found.served_layers]
-    if any(fit is not None for fit in at_answers):
-        parts += _served(found, "answer", at_answers)
-    if any(layer.branches is not None for layer in found.served_layers):
-        parts += _branches(found)
-    for queries, overlap in (("choose", found.overlap), ("answer", found.answer_overlap)):
-        if overlap is not None and len(overlap) <= MOST_OVERLAP_LAYERS:
-            parts += [Text(), *_overlap(queries, overlap, found.spec.pattern)]
+    parts: list[Table | Text] = [Text(_headline(found)), Text()]
+    if _fits(found.served_layers):
+        parts += [_full_layers(found), Text()]
+        parts += [Text(_meaning(found), style="italic"), Text()]
+    else:
+        every = f"Up to {found.spec.top_k_tokens:,} tokens every block is selected"
+        parts += [Text(f"{every}: give a longer text to see recall and mass."), Text()]
     if found.needle is not None:
-        parts += _needle(found, found.needle)
-    return Group(*parts)
+        parts += [Text(_verdict(found, found.needle)), Text()]
+    return Group(*parts, Text(_more(found)))
 
 
 def _headline(found: Inspection) -> str:
@@ -64,220 +53,121 @@ def _headline(found: Inspection) -> str:
     )
 
 
-def _full_layer(found: Inspection, full: FullLayer) -> list[Any]:
-    from rich.columns import Columns
-    from rich.text import Text
-
-    title = f"Layer {full.layer}, serves {', '.join(map(str, full.serves))}"
-    lines = [Text(title, style="bold")]
-    moves = [head.movement for head in full.heads if head.movement is not None]
-    kept = [move.kept[0] for move in moves if move.kept[0] is not None]
-    if moves and kept and moves[0].kept_random[0] is not None:
-        mean = sum(kept) / len(kept)
-        far = sum(sum(move.distances[3:]) for move in moves) / len(moves)
-        lines.append(
-            Text(
-                f"the token before had chosen {mean:.0%} of a token's blocks (chance "
-                f"{moves[0].kept_random[0]:.0%}); {far:.0%} are 4 or more blocks back (chance "
-                f"{sum(moves[0].distances_random[3:]):.0%})"
-            )
-        )
-    maps = [(f"KV head {i}", head.map) for i, head in enumerate(full.heads)]
-    if len(maps) > MOST_HEADS:
-        maps = [(f"mean of {len(maps)} KV heads", mean_map([head.map for head in full.heads]))]
-    size = found.tokens, found.spec.block_size
-    return [*lines, Columns([_heatmap(name, smaller(cells, *size)) for name, cells in maps])]
-
-
-def _heatmap(title: str, cells: Map) -> "Text":
-    from rich.text import Text
-
-    picture = Text(title.ljust(len(cells[0])))
-    for row in cells:
-        picture.append("\n")
-        for value in row:
-            picture.append(*shade(value))
-    return picture
-
-
-def shade(value: float | None) -> tuple[str, str]:
-    """The letter and the colour of a share."""
-    if value is None:
-        return HIDDEN, ""
-    for least, letter, style in SHADES:
-        if value > least:
-            return letter, style
-    return FAINT if value > 0 else NEVER
-
-
-def _legend(what: str) -> "Text":
-    from rich.text import Text
-
-    legend = Text(f"{what} ")
-    legend.append(*NEVER).append(" never ").append(*FAINT).append(" some")
-    for least, letter, style in reversed(SHADES):
-        legend.append(" ").append(letter, style).append(f" >{least:.0%}")
-    return legend
-
-
-def _served(found: Inspection, queries: str, fits: Sequence[Fit | None]) -> list[Any]:
-    columns = ("layer", "by", "recall", "chance", "even", "mass", "best", "chance", "even")
-    rows = []
-    for layer, fit in zip(found.served_layers, fits, strict=True):
-        cells = ["-"] * 10
-        if fit is not None:
-            recalls = (fit.recall, fit.recall_random, fit.recall_even)
-            masses = (fit.mass_selected, fit.mass_own_best, fit.mass_random, fit.mass_even)
-            covered = (fit.mass_window, fit.mass_seen, fit.mass_first_block)
-            cells = [f"{share:.0%}" for share in (*recalls, *masses, *covered)]
-        rows.append((str(layer.layer), str(layer.server), *cells))
-    below = _served_caption(found, [fit for fit in fits if fit is not None])
-    title = f"Served layers, queries that {queries}"
-    return _titled(title, (*columns, "window", "seen", "1st"), rows, below)
-
-
-def _served_caption(found: Inspection, fits: list[Fit]) -> str:
-    kept = f"{found.spec.top_k_tokens:,} tokens"
-    if not fits:
-        return f"up to {kept} every block is selected: give a longer text to see recall and mass"
-    queries, sink = fits[0].queries, sum(fit.mass_sink for fit in fits) / len(fits)
-    over = "one query that sees" if queries == 1 else f"{queries:,} queries that see"
-    of_sink = f"; the family's own sinks take {sink:.0%}" if sink > 0.0005 else ""
-    return (
-        f"means over {over} more than {kept}; recall: of own top blocks, by chance, of evenly "
-        "spaced ones; mass: of own attention on the selection, own best blocks, chance, evenly "
-        f"spaced ones, window, selection and window, first block{of_sink}"
-    )
-
-
-def _branches(found: Inspection) -> list[Any]:
-    rows = [
-        (
-            str(layer.layer),
-            f"{layer.branches.gate_sparse:.2f} {layer.branches.gate_window:.2f}",
-            f"{layer.branches.sink_sparse:.1%} {layer.branches.sink_window:.1%}",
-        )
-        for layer in found.served_layers
-        if layer.branches is not None
-    ]
-    title = "Branches of the sparse layers: block-sparse, window"
-    below = "means over all queries and heads; to sinks: of each branch's softmax"
-    return _titled(title, ("layer", "gates", "to sinks"), rows, below)
-
-
-def _overlap(queries: str, overlap: list[list[float]], pattern: str) -> list[Any]:
-    """Per cent where so many columns fit, shades where not."""
-    from rich.text import Text
-
-    title = Text(f"Overlap, queries that {queries}: of a layer's mass (column) on its own best\n")
-    title.append("blocks, how much is on those of an earlier layer (row)").stylize("bold")
-    written = len(overlap) <= MOST_WRITTEN_LAYERS
-    layers = range(len(overlap))
-    header = "".join(f"{layer:3}" if written else pattern[layer] for layer in layers)
-    picture = Text(f"    {header}")
-    for a, row in enumerate(overlap):
-        picture.append(f"\n{a:>2}{pattern[a]} ")
-        for b, value in enumerate(row):
-            letter, style = _overlap_shade(value) if b > a else (HIDDEN, "")
-            cell = f"{100 * value:3.0f}" if b > a else "   "
-            picture.append(cell if written else letter, style)
-    legend = Text()
-    for least, letter, style in reversed(OVERLAP_SHADES):
-        legend.append(letter, style).append(f" >{least:.0%} ")
-    return [title, picture] if written else [title, picture, legend]
-
-
-def _overlap_shade(value: float) -> tuple[str, str]:
-    for least, letter, style in OVERLAP_SHADES:
-        if value > least:
-            return letter, style
-    return OVERLAP_SHADES[-1][1:]
-
-
-def _needle(found: Inspection, needle: Needle) -> list[Any]:
-    from rich.text import Text
-
-    begin, end = needle.tokens
-    what = "the next token" if not needle.answer else f"the answer {needle.answer.strip()!r}"
-    first, last = needle.queries[0], needle.queries[-1]
-    asked = f"query {first}" if first == last else f"queries {first} to {last}"
-    parts: list[Any] = [
-        Text(),
-        Text(f"Needle {needle.text.strip()!r}", style="bold"),
-        Text(f"tokens {begin} to {end - 1}; looked for by {what} ({asked})"),
-    ]
-    for block in needle.blocks:
-        parts += _needle_block(found, block, is_last=block is needle.blocks[-1])
-    return parts + _effects(found, needle.effects)
-
-
-def _needle_block(found: Inspection, block: NeedleBlock, *, is_last: bool) -> list[Any]:
-    size = found.spec.block_size
-    begin, end = block.block * size, min((block.block + 1) * size, found.tokens) - 1
-    columns = ["layer", "mass", "top head", "rank", "listed", "for it", "ever"]
-    if found.kind == "converted":
-        columns += ["gate", "read", "top head"]
-    rows = [_needle_cells(found, layer) for layer in block.layers]
-    below = _needle_caption(found) if is_last else ""
-    return _titled(f"Block {block.block}, tokens {begin} to {end}", columns, rows, below)
-
-
-def _needle_caption(found: Inspection) -> str:
-    read = "; read: gate times what the branch gives the block"
-    return (
-        "mass: of own attention at those queries; rank: among the blocks they see; listed: in the "
-        "lists of those queries, in those for the top head, in those of all queries"
-        + (read if found.kind == "converted" else "")
-    )
-
-
-def _needle_cells(found: Inspection, layer: LayerNeedle) -> list[str]:
-    kind = found.spec.pattern[layer.layer]
-    cells = [f"{layer.layer} {kind}", f"{layer.mass:.1%}", f"{layer.top_head_mass:.1%}"]
-    cells.append(f"{layer.rank:.0f}")
-    lists = (layer.selected, layer.selected_for_top_head, layer.selected_ever)
-    cells += [_share(share) for share in lists]
-    if found.kind == "converted":
-        cells.append("-" if layer.gate is None else f"{layer.gate:.2f}")
-        cells += [_share(layer.read, 1), _share(layer.top_head_read, 1)]
-    return cells
-
-
-def _effects(found: Inspection, effects: list[Effect]) -> list[Any]:
-    rows = []
-    for effect in effects:
-        into = ", ".join(map(str, effect.forced_into)) or "-"
-        nats = "-" if effect.nats is None else f"{effect.nats:.3f}"
-        next_token = f"{effect.next_token!r} {effect.next_probability:.0%}"
-        rows.append((effect.attention, into, nats, _share(effect.probability, 1), next_token))
-    columns = ("sparse layers", "forced into", "nats", "probability", "likeliest next")
-    below = (
-        "own keys: those at the selected blocks and in the window, no gates; as it is: shared keys "
-        "and values, gates and sinks; nats: of the answer's tokens"
-    )
-    if found.kind == "converted":
-        below += "; full attention and own keys read far keys that healing leaves as they were"
-    title = "What becomes of it with the needle's blocks forced into selections"
-    return _titled(title, columns, rows, below)
-
-
-def _share(value: float | None, digits: int = 0) -> str:
-    return "-" if value is None else f"{value:.{digits}%}"
-
-
-def _titled(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], below: str
-) -> list[Any]:
-    """A table, and what to read it with: as wide as the terminal, however narrow the table."""
+def _full_layers(found: Inspection) -> "Table":
     from rich import box
-    from rich.text import Text
 
     from hysparse_cli.tables import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    parts = [Text(), Text(title, style="bold"), table]
-    return [*parts, Text(below, style="italic")] if below else parts
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    names = ["layer", "serves", " kept", "far"]
+    for group in _fits(found.served_layers):
+        names += [f"{group:>8}\nrecall", "mass", "even", "best"]
+    for name in (*names, "  worst"):
+        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    for full in found.full_layers:
+        served = [layer for layer in found.served_layers if layer.server == full.layer]
+        shown = _figures([full], served, by_chance=False)
+        table.add_row(str(full.layer), _span(full.serves), *shown, _worst(served))
+    shown = _figures(found.full_layers, found.served_layers, by_chance=True)
+    table.add_row("chance", "", *shown, "")
+    return table
+
+
+def _fits(served: Sequence[ServedLayer]) -> dict[str, list[Fit]]:
+    """Over all queries that choose, and over those that predict an answer, where there are any."""
+    fits = {
+        "all:": [layer.fit for layer in served],
+        "answers:": [layer.answer_fit for layer in served],
+    }
+    known = {name: [fit for fit in found if fit is not None] for name, found in fits.items()}
+    return {name: found for name, found in known.items() if found}
+
+
+def _figures(
+    full_layers: Sequence[FullLayer], served: Sequence[ServedLayer], *, by_chance: bool
+) -> list[str]:
+    """Means over KV heads and ``served``: of what was selected, or of as many random blocks."""
+    moves = [head.movement for full in full_layers for head in full.heads if head.movement]
+    kept = [move.kept_random[0] if by_chance else move.kept[0] for move in moves]
+    far = [move.distances_random if by_chance else move.distances for move in moves]
+    cells = [_mean(kept), _mean(sum(bins[FAR:]) for bins in far)]
+    for fits in _fits(served).values():
+        for fields in FIGURES.values():
+            field = fields[by_chance]
+            cells.append("" if field is None else _mean(getattr(fit, field) for fit in fits))
+    return cells
+
+
+def _worst(served: Sequence[ServedLayer]) -> str:
+    """The layer that sees the least of what its own best blocks hold, and how much."""
+    seen = {
+        layer.layer: fit.mass_seen / max(fit.mass_own_best, 1e-9)
+        for layer in served
+        if (fit := layer.answer_fit or layer.fit) is not None
+    }
+    worst = min(seen, key=lambda layer: seen[layer])
+    return f"{worst}: {seen[worst]:.0%}"
+
+
+def _meaning(found: Inspection) -> str:
+    queries = {name: fits[0].queries for name, fits in _fits(found.served_layers).items()}
+    of_answers = ""
+    if "answers:" in queries:
+        of_answers = f"; answers: those of them that predict an answer ({queries['answers:']:,})"
+    return (
+        f"Means over heads and sparse layers. all: {queries['all:']:,} queries that see more than "
+        f"{found.spec.top_k_tokens:,} tokens{of_answers}. kept: the token before had selected it "
+        "too; far: 4 or more blocks back; recall: a sparse layer's own top blocks that are "
+        "selected; mass: its own attention on the selection, on evenly spaced blocks, on its own "
+        "best; worst: the layer that sees (with its window) least of what its own best blocks hold"
+    )
+
+
+def _verdict(found: Inspection, needle: Needle) -> str:
+    """Whether the answer is still found from what is selected, and who misses the needle."""
+    effects = needle.effects
+    selected = OWN_KEYS if found.kind == "dense" else AS_IT_IS
+    dense = next(effect for effect in effects if effect.attention == FULL)
+    before, forced = [effect for effect in effects if effect.attention == selected][:2]
+    if before.next_token == dense.next_token:
+        verdict = "still found"
+    elif forced.next_token == dense.next_token:
+        verdict = "lost by the selection"
+    else:
+        verdict = "lost even where it is selected"
+    sparse = {layer.layer for layer in found.served_layers}
+    looks = [
+        (at.block, layer) for at in needle.blocks for layer in at.layers if layer.layer in sparse
+    ]
+    block, reader = max(looks, key=lambda found: found[1].top_head_mass)
+    what = shorten(needle.text.strip(), NEEDLE_LETTERS, placeholder="...")
+    said = "its answer has" if needle.answer else "the next token is"
+    how = "only the selected blocks" if selected == OWN_KEYS else "the model as it is"
+    return (
+        f"Needle {what!r} is {verdict}: {said} {_answer(dense)} with full attention, "
+        f"{_answer(before)} with {how}, {_answer(forced)} with the needle forced into the "
+        f"selections. Sparse layer {reader.layer} looks for it most: {reader.top_head_mass:.0%} of "
+        f"one head's attention is on block {block}, and {_mean([reader.selected_for_top_head])} of "
+        "that head's lists have it."
+    )
+
+
+def _answer(effect: Effect) -> str:
+    """The probability of the answer; without one, of the likeliest next token."""
+    if effect.probability is not None:
+        return f"{effect.probability:.1%}"
+    return f"{effect.next_token!r} {effect.next_probability:.0%}"
+
+
+def _more(found: Inspection) -> str:
+    page = found.options.html or "give --html PAGE (or --png, --npz, --json)"
+    return f"Maps, overlap, single layers: {page}"
+
+
+def _span(layers: Sequence[int]) -> str:
+    return f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+
+
+def _mean(shares: Iterable[float | None]) -> str:
+    known = [share for share in shares if share is not None]
+    return f"{fmean(known):.0%}" if known else "-"

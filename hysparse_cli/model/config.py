@@ -13,16 +13,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from hysparse_cli.errors import InvalidRecipe, UnreadableInput
+from hysparse_cli.model.kinds import KINDS, NO_WINDOW_TOKENS, WITHOUT_WINDOW, Kind, LayoutName
 from hysparse_cli.pattern import Pattern
 from hysparse_cli.printable import printable, single_line
 
 MODEL_TYPE = "hysparse"
 FORMAT_VERSION = 1
 SINK_OFF = -10.0  # a sink's start: next to nothing, yet finite, or its gradient would be dead
-NO_WINDOW_TOKENS = 2  # transformers' smallest window: its cache then holds one token
 
 Size = Annotated[int, Field(ge=1, lt=2**31)]
-LayoutName = Literal["hysparse", "hybrid-swa", "full"]
 SparseKv = Literal["shared", "own"]
 WindowKv = Literal["own", "shared", "none"]
 
@@ -74,25 +73,27 @@ class HysparseSpec:
         return self.top_k_tokens // self.block_size
 
     @property
-    def selects(self) -> bool:
-        """Whether the sparse layers have a block-sparse branch, which the full ones select for."""
-        return self.layout == "hysparse"
+    def kind(self) -> Kind:
+        """The row of the sparse layers in KINDS."""
+        alone = self.layout == "hysparse" and self.window_kv == "none"
+        return KINDS[WITHOUT_WINDOW if alone else self.layout]
 
     @property
-    def num_branches(self) -> int:
-        """Attention branches of a sparse layer: block-sparse and SWA, or one of them alone."""
-        return 2 if self.selects and self.window_kv != "none" else 1
+    def selects(self) -> bool:
+        """Whether the sparse layers have a block-sparse branch, which the full ones select for."""
+        return self.kind.selects
 
     @property
     def layer_types(self) -> list[str]:
         """transformers' name for what each layer's cache keeps: all tokens, or a window of them."""
-        sparse = "full_attention" if self.sparse_kv == "own" else "sliding_attention"
-        return ["full_attention" if kind == "F" else sparse for kind in self.pattern]
+        sparse = "full_attention" if self.kind.caches_all(self) else "sliding_attention"
+        full = self.layers.full_layers
+        return ["full_attention" if i in full else sparse for i in range(len(self.pattern))]
 
     @property
     def cache_window_tokens(self) -> int:
         """The ``sliding_window`` of the sparse layers' caches; next to none where none is read."""
-        return self.window_tokens if self.window_kv == "own" else NO_WINDOW_TOKENS
+        return self.kind.cache_window(self)
 
     @property
     def cache_windows(self) -> tuple[int | None, ...]:
@@ -124,21 +125,20 @@ class NewTensor:
 def new_tensors(
     num_heads: int, hidden_size: int, spec: HysparseSpec, *, own_sinks: bool = False
 ) -> dict[str, NewTensor]:
-    """What a sparse layer adds, by name below its attention module.
+    """The tensors that a sparse layer adds, by name below its attention module.
 
     Gate rows are head-major: 2h is head h's block-sparse gate, 2h + 1 its SWA gate (eq. 8).
 
     Args:
         own_sinks: the family has sinks of its own (gpt_oss), which ours are added to.
     """
-    sinks = NewTensor((num_heads, spec.num_branches), 0.0 if own_sinks else SINK_OFF)
-    if spec.num_branches == 1:
-        return {"hysparse.sinks": sinks}
-    return {
-        "hysparse.gate.weight": NewTensor((2 * num_heads, hidden_size), 0.0),
-        "hysparse.gate.bias": NewTensor((2 * num_heads,), 0.0),
-        "hysparse.sinks": sinks,
-    }
+    tensors = {}
+    if spec.kind.gate is not None:
+        rows = spec.kind.gate.logits_per_head * num_heads
+        tensors["hysparse.gate.weight"] = NewTensor((rows, hidden_size), 0.0)
+        tensors["hysparse.gate.bias"] = NewTensor((rows,), 0.0)
+    sinks = NewTensor((num_heads, len(spec.kind.branches)), 0.0 if own_sinks else SINK_OFF)
+    return tensors | {"hysparse.sinks": sinks}
 
 
 def converted_config(base: dict[str, Any], spec: HysparseSpec) -> dict[str, Any]:

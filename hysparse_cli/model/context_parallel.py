@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
-from hysparse_cli.model.attention import hysparse_attention
-from hysparse_cli.model.state import ForwardState, document_starts
-from hysparse_kernels import KeyRange, causal, full_attention, sliding_window_attention
+from hysparse_cli.model.attention import dense_attention, hysparse_attention
+from hysparse_cli.model.state import ForwardOptions, ForwardState, document_starts
+from hysparse_kernels import KeyRange, causal
 
 SPLIT = "hysparse_split"
 
@@ -91,8 +91,7 @@ def split_attention(
     value: Tensor,
     attention_mask: Any,
     *,
-    hysparse_rows: SplitRows,
-    hysparse: ForwardState | None = None,
+    hysparse: ForwardState | ForwardOptions,
     s_aux: Tensor | None = None,
     branches: tuple[Tensor | None, Tensor] | None = None,
     **kwargs: Any,
@@ -100,55 +99,34 @@ def split_attention(
     """transformers' attention function for models, dense or HySparse, that see split rows.
 
     It has no mask function of its own, so that transformers makes no mask: which keys a query sees
-    is in ``hysparse_rows``, or in a HySparse forward's state, which is of the whole rows.
+    is in the options' rows, or in a HySparse forward's state, which is of the whole rows.
 
     Args:
         query: (B, H, t, D), rotated by its place in the whole row; key, value: likewise.
-        hysparse, s_aux, branches, kwargs: as for ``hysparse_attention``, of all heads and the
-            process's tokens.
+        hysparse: a HySparse forward's state, or a dense one's options, with the rows.
+        s_aux, branches, kwargs: as for ``hysparse_attention``, of all heads and the process's
+            tokens.
     Returns: (B, t, H, Dv), and no attention weights.
     """
-    rows, dtype = hysparse_rows, value.dtype
+    options = hysparse.options if isinstance(hysparse, ForwardState) else hysparse
+    rows, dtype = options.rows, value.dtype
+    assert rows is not None, "part.py gives them"
     q, k, v = (rows.exchange(x.to(dtype), split=1, join=2) for x in (query, key, value))
     sinks = None if s_aux is None else rows.share(s_aux, 0)
-    if hysparse is None:
-        out = _dense_attention(q, k, v, sinks, rows.key_range, **kwargs)
+    common: dict[str, Any] = {"s_aux": sinks, **kwargs}
+    if isinstance(hysparse, ForwardOptions):
+        assert not kwargs.get("dropout"), "refused before"
+        out, _ = dense_attention(module, q, k, v, None, hysparse=hysparse, **common)
     else:
         if branches is not None:
             gate_logits, own = branches
             if gate_logits is not None:
                 gate_logits = rows.exchange(gate_logits, split=2, join=1)
             branches = gate_logits, rows.share(own, 0)
-        options = {"hysparse": hysparse, "s_aux": sinks, "branches": branches, **kwargs}
-        out, _ = hysparse_attention(module, q, k, v, None, **options)
+        out, _ = hysparse_attention(
+            module, q, k, v, None, hysparse=hysparse, branches=branches, **common
+        )
     return rows.exchange(out, split=1, join=2), None
-
-
-def _dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    key_range: KeyRange,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """q: (B, h, T, D) -> (B, T, h, Dv)."""
-    assert not dropout, "refused before"
-    by_token = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    options: dict[str, Any] = {
-        "key_range": key_range,
-        "scale": scaling,
-        "softcap": softcap,
-        "sinks": sinks,
-    }
-    if sliding_window is not None:
-        return sliding_window_attention(*by_token, window_tokens=sliding_window, **options).out
-    return full_attention(*by_token, **options).out
 
 
 AttentionInterface.register(SPLIT, split_attention)

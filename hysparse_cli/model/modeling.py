@@ -1,4 +1,4 @@
-"""HySparse models: stock models whose S layers became sparse attention layers."""
+"""Derives HySparse models from stock ones: their S layers become sparse attention layers."""
 
 from typing import Any
 
@@ -9,7 +9,6 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING,
@@ -24,14 +23,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hysparse_cli.families import family_of
-from hysparse_cli.model.attention import (
-    ATTENTION_NAME,
-    GatesAndSinks,
-    hysparse_attention,
-    sparse_class,
-)
+from hysparse_cli.model.attention import ATTENTION_NAME
 from hysparse_cli.model.config import HysparseSpec, spec_of
-from hysparse_cli.model.state import forward_state, padding_mask
+from hysparse_cli.model.layers import GatesAndSinks, sparse_class
+from hysparse_cli.model.state import ForwardOptions, forward_state, padding_mask
 
 # Each auto class, and where it finds a family's stock class: not every family has all of them.
 AUTO_CLASSES: tuple[tuple[Any, Any], ...] = (
@@ -48,7 +43,6 @@ def _mask_as_given(*, attention_mask: Any = None, **kwargs: Any) -> Any:
     return attention_mask
 
 
-AttentionInterface.register(ATTENTION_NAME, hysparse_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, _mask_as_given)
 
 
@@ -156,26 +150,17 @@ class StateHook:
                 "output_attentions=True: HySparse never builds attention maps, leave it out "
                 "(hysparse inspect-topk shows what is attended to)"
             )
+        options: ForwardOptions = kwargs.get("hysparse") or ForwardOptions()
         inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
         positions = kwargs.get("position_ids")
-        if (
-            rows := kwargs.get("hysparse_rows")
-        ) is not None:  # split over processes: see context_parallel.py
-            inputs = positions = rows.position_ids
+        if options.rows is not None:
+            inputs = positions = options.rows.position_ids
         # generate with a static cache hands a dict of masks, which not every decoder takes
-        kwargs["attention_mask"] = padding_mask(kwargs.get("attention_mask"))
-        variation = kwargs.pop("hysparse_variation", None)
-        kwargs["hysparse"] = forward_state(
-            self.spec if variation is None else variation.spec,
-            inputs,
-            kwargs["attention_mask"],
-            positions,
-            kwargs.get("past_key_values"),
-            kwargs.pop("hysparse_observer", None),
-            variation,
-        )
+        kwargs["attention_mask"] = mask = padding_mask(kwargs.get("attention_mask"))
+        past = kwargs.get("past_key_values")
+        kwargs["hysparse"] = forward_state(self.spec, inputs, mask, positions, past, options)
         return args, kwargs
 
 

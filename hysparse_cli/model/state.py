@@ -1,13 +1,13 @@
-"""What one forward pass carries from layer to layer: key ranges, and what full layers share.
+"""Carries what one forward pass has from layer to layer: key ranges, and what full layers share.
 
-It travels as a keyword argument, which stock layers hand through. Neither module attributes nor
-context variables would do: with two forwards before a backward, or under checkpointing, they
-silently give wrong gradients.
+It travels as the keyword argument ``hysparse``, which stock layers hand through. Neither module
+attributes nor context variables would do: with two forwards before a backward, or under
+checkpointing, they silently give wrong gradients.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from torch import Tensor
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_kernels import KeyRange
 
-Observer = Callable[..., None]
+if TYPE_CHECKING:
+    from hysparse_cli.model.attention import Observer
+    from hysparse_cli.model.context_parallel import SplitRows
 
 
 class Shared(NamedTuple):
@@ -27,7 +29,7 @@ class Shared(NamedTuple):
 
 
 class Variation(NamedTuple):
-    """What one forward without a cache does otherwise than the model's config says.
+    """One forward without a cache that departs from the model's config.
 
     spec: the model's, with other switches. sparse_layers: the sparse layers that are sparse; the
     others attend in full to their own keys. learned: whether gates and sinks are used; without them
@@ -40,6 +42,24 @@ class Variation(NamedTuple):
     sparse_layers: frozenset[int]
     learned: bool
     forced_blocks: Mapping[int, Sequence[int]] = MappingProxyType({})
+
+
+class ForwardOptions:
+    """``model(..., hysparse=ForwardOptions(...))``: what a forward is asked for besides its inputs.
+
+    observer: called in place of each layer's attention with its ``LayerCall``; returns the output,
+    as ``call.attend()`` gives it. variation: of a HySparse model. rows: the whole rows of which the
+    inputs are this process's share (context_parallel.py).
+    """
+
+    def __init__(
+        self,
+        *,
+        observer: "Observer | None" = None,
+        variation: Variation | None = None,
+        rows: "SplitRows | None" = None,
+    ):
+        self.observer, self.variation, self.rows = observer, variation, rows
 
 
 class ForwardState:
@@ -55,12 +75,12 @@ class ForwardState:
         num_keys: int,
         key_range: KeyRange,
         window_range: KeyRange,
-        observer: Observer | None = None,
-        variation: Variation | None = None,
+        options: ForwardOptions | None = None,
     ):
-        self.spec, self.num_keys = spec, num_keys
-        self.observer, self.variation = observer, variation
-        self.key_range, self.window_range = key_range, window_range
+        self.options = options or ForwardOptions()
+        self.variation = self.options.variation
+        self.spec = spec if self.variation is None else self.variation.spec
+        self.num_keys, self.key_range, self.window_range = num_keys, key_range, window_range
         self.grad_enabled = torch.is_grad_enabled()
         self._shared: dict[int, Shared] = {}
 
@@ -126,8 +146,7 @@ def forward_state(
     mask: Tensor | None,
     position_ids: Tensor | None,
     past_key_values: Any,
-    observer: Observer | None = None,
-    variation: Variation | None = None,
+    options: ForwardOptions | None = None,
 ) -> ForwardState:
     """The state of a forward over ``inputs``: (B, T) ids or (B, T, hidden) embeddings.
 
@@ -164,7 +183,7 @@ def forward_state(
     diagonal = offset if plain and not isinstance(offset, Tensor) else None
     whole = KeyRange(first, last, mask, diagonal)
     window = _window(whole, window_keys, window_offset)
-    return ForwardState(spec, num_keys, whole, window, observer, variation)
+    return ForwardState(spec, num_keys, whole, window, options)
 
 
 def _from_mask(

@@ -8,7 +8,7 @@ import torch
 from hysparse_cli.evaluate.perplexity import token_losses
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.modeling import make_sparse
-from hysparse_cli.model.state import Variation
+from hysparse_cli.model.state import ForwardOptions, Variation
 from hysparse_cli.pattern import FULL, SPARSE
 from hysparse_cli.texts.calibration import CalibrationText
 
@@ -65,7 +65,8 @@ def measure_need(
         for layer in range(num_layers):  # layer 0 stands for none
             on_progress(r * num_layers + layer, len(text.rows) * num_layers)
             alone = Variation(spec, frozenset({layer} if layer else ()), learned=False)
-            losses = token_losses(model, row[None].to(model.device), hysparse_variation=alone)[0]
+            options = ForwardOptions(variation=alone)
+            losses = token_losses(model, row[None].to(model.device), hysparse=options)[0]
             sums[layer] += float(losses.cpu()[counted[r]].double().sum())
     on_progress(len(text.rows) * num_layers, len(text.rows) * num_layers)
     asked = int(counted.sum())

@@ -1,4 +1,4 @@
-"""How well each layer could be served by each earlier one: measured in one pass of the dense model.
+"""Measures how well each layer could be served by each earlier one, in one pass of the dense model.
 
 Shape suffixes as in hysparse_kernels.reference; t is the queries looked at in a row of text: a
 random few of those that see more than is selected. So the cost of all pairs of layers stays below
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hysparse_cli.families import family_of
 from hysparse_cli.model.config import HysparseSpec
@@ -92,58 +92,42 @@ def measure_overlap(
         spec: the sizes of blocks, selection and window; its pattern is not read.
         on_progress: told rows done, and of how many.
     """
-    watch = _Watch(model, spec)
+    pairs = _Pairs(model, spec)
     random = torch.Generator().manual_seed(seed)
     for done, row in enumerate(rows):
         on_progress(done, len(rows))
-        watch.start_row(_some_queries(len(row), spec, random).to(model.device))
-        with watch:
-            watch_attention(model, row[None], watch.on_layer)
-        watch.end_row()
+        pairs.start_row(_some_queries(len(row), spec, random).to(model.device))
+        watch_attention(model, row[None], pairs.on_layer)
     on_progress(len(rows), len(rows))
-    return watch.result()
+    return pairs.result()
 
 
-class _Watch:
+class _Pairs:
+    """Adds up what all pairs of layers give, layer by layer and row by row."""
+
     def __init__(self, model: Any, spec: HysparseSpec):
-        self.spec, family = spec, family_of(model.config.model_type)
+        family = family_of(model.config.model_type)
+        assert spec.kind.gate is not None, "the spec is of sizes, its layout the default"
+        self.spec, self.gate = spec, spec.kind.gate
         layers = range(model.config.num_hidden_layers)
-        self.attention = [model.get_submodule(family.attention.format(layer=i)) for i in layers]
+        places = [f"{family.attention.format(layer=layer)}.{family.output}" for layer in layers]
+        self.outputs: list[Any] = [model.get_submodule(place) for place in places]
         self.pairs = {(a, b): _Pair() for b in layers for a in range(b)}
         self.turned: list[list[Tensor]] = [[] for _ in layers]
         self.own_mass: list[list[Tensor]] = [[] for _ in layers]
-        self.residual: Tensor
         self.queries: Tensor
         self.served: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.hooks: list[Any] = []
 
     def start_row(self, queries: Tensor) -> None:
         self.queries, self.served = queries, []
 
-    def end_row(self) -> None:
-        self.served = []
-
-    def __enter__(self) -> None:
-        for layer, module in enumerate(self.attention):
-            self.hooks.append(module.register_forward_hook(self._turn(layer)))
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = []
-
-    def _turn(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def after_attention(module: nn.Module, args: Any, output: Any) -> None:
-            added = output[0][0, self.queries].float()
-            turn = 1 - F.cosine_similarity(self.residual, self.residual + added, dim=-1)
-            self.turned[layer].append(turn.mean())
-
-        return after_attention
-
     def on_layer(self, layer: int, seen: LayerSeen) -> None:
         spec, k, v = self.spec, seen.k, seen.v
-        self.residual = seen.residual[0, self.queries].float()
-        q = seen.q[:, self.queries]
+        q, out = seen.q[:, self.queries], seen.out[:, self.queries]
+        residual = seen.residual[0, self.queries].float()
+        added = self.outputs[layer](out.flatten(2))[0].float()
+        turn = 1 - F.cosine_similarity(residual, residual + added, dim=-1)
+        self.turned[layer].append(turn.mean())
         common: dict[str, Any] = {
             "scale": seen.scale,
             "softcap": seen.softcap,
@@ -156,8 +140,8 @@ class _Watch:
         own = _mass(block_sparse_attention(q, k, v, full.block_idx, **blocks).lse, full.lse)
         self.own_mass[layer].append(own.mean())
         window = sliding_window_attention(q, k, v, window_tokens=spec.window_tokens, **common)
-        project = _Projection(self.attention[layer], q.shape[2])
-        wanted = project(seen.out[:, self.queries]).sum(1)
+        project = _Projection(self.outputs[layer], q.shape[2])
+        wanted = project(out).sum(1)
         of_window = project(window.out)
         for server, (shared_k, shared_v, block_idx) in enumerate(self.served):
             pair = self.pairs[server, layer]
@@ -168,7 +152,7 @@ class _Watch:
         self.served.append((k, v, full.block_idx))
 
     def result(self) -> Fitted:
-        layers = range(len(self.attention))
+        layers = range(len(self.outputs))
         empty = [[0.0] * len(layers) for _ in layers]
         similarity, mass, damage = ([list(row) for row in empty] for _ in range(3))
         gate_logits = {}
@@ -178,7 +162,7 @@ class _Watch:
             own = float(torch.stack(self.own_mass[layer]).mean())
             similarity[server][layer] = mass[server][layer] / own
             gates, damage[server][layer] = pair.solve()
-            gate_logits[server, layer] = torch.logit(gates).view(-1, 2)
+            gate_logits[server, layer] = self.gate.logits(gates.view(-1, 2), 0.0)
         importance = [float(torch.stack(turns).mean()) for turns in self.turned]
         return Fitted(Overlap(importance, similarity, mass, damage), gate_logits)
 
@@ -186,8 +170,7 @@ class _Watch:
 class _Projection:
     """Each head's share of what attention adds to the residual."""
 
-    def __init__(self, attention: Any, num_heads: int):
-        linear = attention.o_proj if hasattr(attention, "o_proj") else attention.dense
+    def __init__(self, linear: Any, num_heads: int):
         self.weight = linear.weight.float().unflatten(1, (num_heads, -1))  # [hidden, H, Dv]
 
     def __call__(self, out: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A dense model that runs as any HySparse pattern of itself, in memory, and how good each is."""
+"""Runs a dense model as any HySparse pattern of itself, in memory, and measures each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hysparse_cli.families import family_of
-from hysparse_cli.model.attention import ATTENTION_NAME, GatesAndSinks, sparse_class
+from hysparse_cli.model.attention import ATTENTION_NAME
 from hysparse_cli.model.config import HysparseSpec
+from hysparse_cli.model.layers import GatesAndSinks, sparse_class
 from hysparse_cli.model.logits import decoder_of, hidden_states, logits_of
 from hysparse_cli.model.modeling import StateHook
 
@@ -76,7 +77,7 @@ class Variants:
         self.hook.spec = replace(self.hook.spec, pattern=pattern)
         layers = self.hook.spec.layers
         for layer, (attention, stock) in enumerate(zip(self.attention, self.stock, strict=True)):
-            if pattern[layer] == "F":
+            if layer in layers.full_layers:
                 attention.__class__ = stock
                 continue
             attention.__class__ = sparse_class(stock)

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hysparse_cli.model.config import LayoutName, SparseKv, WindowKv, check_switches
+from hysparse_cli.model.config import SparseKv, WindowKv, check_switches
+from hysparse_cli.model.kinds import LayoutName
 from hysparse_cli.recipe.fields import (
     TEXT_FILE,
     CommaList,

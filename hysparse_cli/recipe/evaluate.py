@@ -1,6 +1,6 @@
 """Options of ``hysparse eval``."""
 
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -22,33 +22,27 @@ from hysparse_cli.recipe.fields import (
     Tokens,
     TrustRemoteCode,
 )
+from hysparse_cli.texts.facts import FORMS
+from hysparse_cli.texts.ruler import RULER_FORMS
 
-Form = Literal["magic-number", "secret", "key-value", "recall"]
-Family = Literal[
-    "single-needle",
-    "multi-key",
-    "multi-value",
-    "multi-query",
-    "variable-tracking",
-    "common-words",
-    "frequent-words",
-]
-FORMS: tuple[Form, ...] = get_args(Form)
-FAMILIES: tuple[Family, ...] = get_args(Family)
+if TYPE_CHECKING:
+    RetrievalForm = str
+else:
+    RetrievalForm = Literal[(*FORMS, *RULER_FORMS)]
 RULER = "ruler"
 
 
-def _with_families(forms: object) -> object:
-    """The names, with the families of RULER in place of its own."""
+def _with_ruler_forms(forms: object) -> object:
+    """The names, with those of RULER's forms in place of its own."""
     if not isinstance(forms, list):
         return forms
-    named = [name for form in forms for name in (FAMILIES if form == RULER else (form,))]
+    named = [name for form in forms for name in (RULER_FORMS if form == RULER else (form,))]
     return [name for place, name in enumerate(named) if name not in named[:place]]
 
 
 Forms = Annotated[
-    list[Literal[Form, Family]],
-    BeforeValidator(_with_families),
+    list[RetrievalForm],
+    BeforeValidator(_with_ruler_forms),
     Listed(","),
     Field(min_length=1),
 ]

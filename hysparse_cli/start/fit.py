@@ -37,7 +37,8 @@ def fit_all_gates(
             block-sparse branch's output; both empty where it stays as it is.
         advance: is called after each row, and after each sparse layer.
     """
-    path = family_of(model.config.model_type).attention
+    path, gate = family_of(model.config.model_type).attention, spec.kind.gate
+    assert gate is not None, "only layers with gates have a start to fit"
     x: dict[int, list[Tensor]] = {layer: [] for layer in spec.layers.sparse_layers}
     plain: dict[int, list[Products]] = {layer: [] for layer in x}
     with_maps: dict[int, list[Products]] = {layer: [] for layer in x}
@@ -61,7 +62,7 @@ def fit_all_gates(
         features = torch.cat(inputs).to(model.device).float()
         copied = Products.joined(plain[layer]).to(model.device)
         ours = Products.joined(with_maps[layer]).to(model.device) if layer in maps else copied
-        gates = fit_gates(features, ours)
+        gates = fit_gates(features, ours, gate)
         name = f"{path.format(layer=layer)}.hysparse.gate"
         tensors |= {f"{name}.weight": gates.weight.cpu(), f"{name}.bias": gates.bias.cpu()}
         fits[layer] = fit_of(features, copied, ours, gates)

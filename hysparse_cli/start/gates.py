@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hysparse_cli.model.gates import Gate
 from hysparse_cli.start.result import LayerStart
 
 LARGEST_LOGIT = 6.0
@@ -50,15 +51,16 @@ class Products(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """weight: (2H, C), bias: (2H,), rows head-major as in ``hysparse.gate``."""
+    """weight: (n H, C), bias: (n H,), rows head-major as in ``hysparse.gate``; n logits a head."""
 
     weight: Tensor
     bias: Tensor
+    gate: Gate
 
     def of(self, x: Tensor) -> Tensor:
         """(N, H, 2) gates of the layer's inputs (N, C)."""
         logits = x @ self.weight.T + self.bias
-        return logits.sigmoid().view(len(x), -1, 2)
+        return self.gate.weights(logits.view(len(x), -1, self.gate.logits_per_head))
 
 
 def products_of(sparse: Tensor, window: Tensor, dense: Tensor) -> Products:
@@ -90,18 +92,18 @@ def best_gates(p: Products) -> Tensor:
     return torch.where(feasible[..., None], inside, edge)
 
 
-def fit_gates(x: Tensor, p: Products) -> Gates:
+def fit_gates(x: Tensor, p: Products, gate: Gate) -> Gates:
     """Fit the logits of the best gates by ridge regression on ``x`` (N, C), float32.
 
     The ridge of ``RIDGES`` (in units of the inputs' mean variance) is the one whose gates do the
     least damage on the last tokens, which it was not fitted to; all tokens then take part.
     """
-    target = best_gates(p).logit(eps=1e-6).clamp(-LARGEST_LOGIT, LARGEST_LOGIT).flatten(1)
+    target = gate.logits(best_gates(p), 1e-6).clamp(-LARGEST_LOGIT, LARGEST_LOGIT).flatten(1)
     cut = len(x) - len(x) // HELD_OUT
-    tried = _ridge(x[:cut], target[:cut], RIDGES)
+    tried = _ridge(x[:cut], target[:cut], RIDGES, gate)
     held = p.rows(cut, len(x))
     errors = [float(held.error(gates.of(x[cut:])).sum()) for gates in tried]
-    return _ridge(x, target, (RIDGES[errors.index(min(errors))],))[0]
+    return _ridge(x, target, (RIDGES[errors.index(min(errors))],), gate)[0]
 
 
 def fit_of(x: Tensor, copied: Products, p: Products, gates: Gates) -> LayerStart:
@@ -120,8 +122,8 @@ def fit_of(x: Tensor, copied: Products, p: Products, gates: Gates) -> LayerStart
     )
 
 
-def _ridge(x: Tensor, y: Tensor, ridges: tuple[float, ...]) -> list[Gates]:
-    """Linear maps with bias of x (N, C) to y (N, 2H), one for each ridge."""
+def _ridge(x: Tensor, y: Tensor, ridges: tuple[float, ...], gate: Gate) -> list[Gates]:
+    """Linear maps with bias of x (N, C) to logits y (N, n H), one for each ridge."""
     x_mean, y_mean = x.double().mean(0), y.double().mean(0)
     centred = x.double() - x_mean
     square = centred.T @ centred
@@ -131,7 +133,7 @@ def _ridge(x: Tensor, y: Tensor, ridges: tuple[float, ...]) -> list[Gates]:
     maps = []
     for ridge in ridges:
         weight = (vectors @ (cross / (values.clamp(min=0) + ridge * variance)[:, None])).T
-        maps.append(Gates(weight.to(x.dtype), (y_mean - weight @ x_mean).to(x.dtype)))
+        maps.append(Gates(weight.to(x.dtype), (y_mean - weight @ x_mean).to(x.dtype), gate))
     return maps
 
 

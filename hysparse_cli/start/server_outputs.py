@@ -1,4 +1,4 @@
-"""The sparse layers of a layout as the dense model feeds them: with what their server selects."""
+"""Runs the dense model and hands each sparse layer what its server would select and share."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Calibration text: rows that need far context, made up or from a file, always with planted facts.
+"""Makes calibration text: rows that need far context, made up or from a file, with planted facts.
 
 Running text alone hardly needs what lies further back than a sliding window, so that measuring on
 it would call far attention useless.
@@ -14,10 +14,9 @@ from torch import Tensor
 
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.recipe import ConvertOptions
-from hysparse_cli.recipe.evaluate import FORMS, Form
 from hysparse_cli.texts.documents import BadRows, read_documents
 from hysparse_cli.texts.encoded import encode
-from hysparse_cli.texts.facts import Context, Task, write_context
+from hysparse_cli.texts.facts import FORMS, Context, Task, write_context
 from hysparse_cli.texts.haystack import excerpt_of
 
 if TYPE_CHECKING:
@@ -45,9 +44,9 @@ def calibration_text(
 ) -> CalibrationText:
     """Rows of tokens to calibrate on, the same for the same arguments.
 
-    Without ``data``, every row plants facts in made-up sentences and asks for them at its end; the
-    forms of evaluate/retrieval.py take turns. With ``data``, every other row is text of the file as
-    it is, and facts are planted in text of the file.
+    Without ``data``, every row plants facts in made-up sentences and asks for them at its end, the
+    FORMS in turn. With ``data``, every other row is text of the file as it is, and facts are
+    planted in text of the file.
 
     Args:
         tokenizer: a fast one.
@@ -117,7 +116,7 @@ def _running_text(
 def _planted(
     tokenizer: "PreTrainedTokenizerBase",
     documents: Sequence[str] | None,
-    form: Form,
+    form: str,
     index: int,
     tokens: int,
     seed: int,

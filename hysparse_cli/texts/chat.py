@@ -1,4 +1,4 @@
-"""Chat templates are programs that a checkpoint brings: each is rendered in its own process.
+"""Renders chat templates, which are programs that a checkpoint brings, each in its own process.
 
 transformers' sandbox keeps them from Python's inside, not from running for ever or filling the
 memory. The process (chat_child.py) imports no torch, takes one conversation at a time, and has

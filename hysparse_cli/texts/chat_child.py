@@ -1,4 +1,4 @@
-"""The process of chat.py that renders templates: lines of JSON in, one line out for each."""
+"""Renders templates for chat.py in a process of its own: lines of JSON in, one out for each."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tokenized text that knows which characters each token stands for."""
+"""Tokenizes text, and keeps which characters each token stands for."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

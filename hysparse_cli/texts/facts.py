@@ -1,4 +1,4 @@
-"""Contexts that plant facts and ask for them, of an exact token length, for any tokenizer.
+"""Writes contexts that plant facts and ask for them, of an exact token length.
 
 Three forms plant facts (keys and values drawn afresh for each context) at random places of filler
 text and ask for some of them at the end; ``recall`` lists pairs, then the same pairs again in
@@ -12,7 +12,6 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from hysparse_cli.errors import InvalidRecipe
-from hysparse_cli.recipe.evaluate import Family, Form
 from hysparse_cli.texts.encoded import encode
 from hysparse_cli.texts.haystack import fill, reads_nothing
 from hysparse_cli.texts.words import WORDS, word_pairs
@@ -49,6 +48,8 @@ WORDINGS = {
     ),
     "key-value": Wording("\n{key} = {value}\n", "\n{key} = ", "\n"),
 }
+RECALL = "recall"
+FORMS = (*WORDINGS, RECALL)  # what ``write_context`` writes
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Task:
     its context is a prompt, and room for the answer.
     """
 
-    form: Form | Family
+    form: str
     tokens: int
     facts: int = 8
     questions: int = 4
@@ -81,7 +82,7 @@ def write_context(
     filler: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Context:
-    """The ``index``-th context of ``task``.
+    """The ``index``-th context of ``task``, whose form is one of FORMS.
 
     Args:
         tokenizer: a fast one (it must give character offsets).
@@ -90,7 +91,7 @@ def write_context(
         tokenizer gives no offsets.
     """
     rng = random.Random(f"{seed} {task.form} {task.tokens} {index}")
-    if task.form == "recall":
+    if task.form == RECALL:
         return _recall(task, tokenizer, rng)
     return _planted(task, tokenizer, filler, rng)
 
@@ -174,10 +175,14 @@ def _value(rng: random.Random) -> str:
     return rng.choice(WORDS)
 
 
-def too_short(task: Task, needed: int) -> InvalidRecipe:
-    """What to raise where ``task`` needs ``needed`` tokens as drawn, and others of it may more."""
+def too_short(task: Task, needed: int, *, by_facts: bool = True) -> InvalidRecipe:
+    """What to raise where ``task`` needs ``needed`` tokens as drawn, and others of it may more.
+
+    Args:
+        by_facts: whether fewer facts and questions would make it shorter.
+    """
     amount = remedy = ""
-    if task.form not in ("single-needle", "variable-tracking", "common-words", "frequent-words"):
+    if by_facts:
         amount = f" with {task.facts} facts and {task.questions} questions"
         remedy = ", or fewer facts (eval.retrieval_facts) and questions (eval.retrieval_questions)"
     return InvalidRecipe(

@@ -1,4 +1,4 @@
-"""Running text of an exact length in tokens, with pieces planted in it."""
+"""Makes running text of an exact length in tokens, with pieces planted in it."""
 
 import random
 from collections.abc import Sequence

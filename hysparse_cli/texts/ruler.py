@@ -1,7 +1,7 @@
-"""RULER's retrieval families as prompts of an exact token length, for any tokenizer.
+"""Writes RULER's forms of retrieval as prompts of an exact token length, for any tokenizer.
 
 After "RULER: What's the Real Context Size of Your Long-Context Language Models?" (Hsieh et al.,
-arXiv 2404.06654): its families, with its numbers of hops and of common words, in words of our own.
+arXiv 2404.06654): its tasks, with its numbers of hops and of common words, in words of our own.
 A prompt gives no example, ends with the beginning of the answer and has no chat template, so that
 base models can go on with it. What a model writes there is scored as RULER does ("string match,
 all"): the part of the answers that appear in it, capitals aside. Everything follows from a seed.
@@ -69,7 +69,7 @@ def write_prompt(
     filler: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Prompt:
-    """The ``index``-th prompt of ``task``, whose form is one of FAMILIES.
+    """The ``index``-th prompt of ``task``, whose form is one of RULER_FORMS.
 
     The prompt and the room for the answer together are ``task.tokens`` long. ``task.facts`` keys
     are planted for multi-key and multi-query; ``task.questions`` values are asked for at once in
@@ -82,14 +82,12 @@ def write_prompt(
         offsets.
     """
     rng = random.Random(f"{seed} {task.form} {task.tokens} {index}")
-    if task.form in LISTS:
-        parts = _longest(task, LISTS[task.form], tokenizer, rng)
-    else:
-        parts = PLANTED[task.form](task, rng)
+    form = RULER_FORMS[task.form]
+    parts = form.parts(task, tokenizer, rng)
     room = _room(parts, tokenizer)
     filled = fill(task.tokens - room, parts.pieces, parts.end, tokenizer, filler, rng)
     if isinstance(filled, int):
-        raise too_short(task, filled + room)
+        raise too_short(task, filled + room, by_facts=form.by_facts)
     return Prompt(filled.input_ids, parts.answers, room)
 
 
@@ -98,22 +96,22 @@ def _room(parts: _Parts, tokenizer: "PreTrainedTokenizerBase") -> int:
     return 2 * len(encode(tokenizer, ", ".join(parts.like for _ in parts.answers)).ids) + 16
 
 
-def _single_needle(task: Task, rng: random.Random) -> _Parts:
+def _single_needle(task: Task, _: object, rng: random.Random) -> _Parts:
     return _one_of(1, rng)
 
 
-def _multi_key(task: Task, rng: random.Random) -> _Parts:
+def _multi_key(task: Task, _: object, rng: random.Random) -> _Parts:
     return _one_of(task.facts, rng)
 
 
-def _multi_value(task: Task, rng: random.Random) -> _Parts:
+def _multi_value(task: Task, _: object, rng: random.Random) -> _Parts:
     (key,) = word_pairs(1, rng)
     values = _numbers(task.questions, rng)
     pieces = [NEEDLE.fact.format(key=key, value=value) for value in values]
     return _Parts(pieces, SEVERAL.format(keys=key), tuple(values))
 
 
-def _multi_query(task: Task, rng: random.Random) -> _Parts:
+def _multi_query(task: Task, _: object, rng: random.Random) -> _Parts:
     pairs = _needles(task.facts, rng)
     asked = rng.sample(pairs, min(task.questions, len(pairs)))
     *most, last = [key for key, _ in asked]
@@ -121,7 +119,7 @@ def _multi_query(task: Task, rng: random.Random) -> _Parts:
     return _Parts(_planted(pairs), SEVERAL.format(keys=keys), tuple(value for _, value in asked))
 
 
-def _variable_tracking(task: Task, rng: random.Random) -> _Parts:
+def _variable_tracking(task: Task, _: object, rng: random.Random) -> _Parts:
     names = _names(HOPS + 1, rng)
     value = str(rng.randrange(10_000, 100_000))
     sources = [value, *(f"VAR {name}" for name in names)]
@@ -162,7 +160,7 @@ class _List:
 
 
 def _longest(
-    task: Task, lists: Sequence[_List], tokenizer: "PreTrainedTokenizerBase", rng: random.Random
+    lists: Sequence[_List], task: Task, tokenizer: "PreTrainedTokenizerBase", rng: random.Random
 ) -> _Parts:
     """The first of ``lists`` that fits, nearly as long as fits.
 
@@ -190,7 +188,7 @@ def _longest(
             each = max(1, tokens - least_tokens) / (size - kind.least)
             size = kind.least + max(1, int(0.98 * (task.tokens - least_tokens) / each))
         return best
-    raise too_short(task, least_tokens)
+    raise too_short(task, least_tokens, by_facts=False)
 
 
 def _one_of(facts: int, rng: random.Random) -> _Parts:
@@ -221,13 +219,6 @@ def _names(count: int, rng: random.Random) -> list[str]:
     return names
 
 
-PLANTED: dict[str, Callable[[Task, random.Random], _Parts]] = {
-    "single-needle": _single_needle,
-    "multi-key": _multi_key,
-    "multi-value": _multi_value,
-    "multi-query": _multi_query,
-    "variable-tracking": _variable_tracking,
-}
 _MOST_COMMON = (
     "\n\nBelow is a list of words, some of which appear more often than others.\n\n{words}\n\n"
     "Question: what are the 10 most common words in the list above?"
@@ -238,10 +229,30 @@ _MOST_FREQUENT = (
     "Question: what are the three most frequent words in the coded text above?"
     " Answer: the three most frequent words in the coded text above are:"
 )
-LISTS = {
-    "common-words": [
-        _List(_MOST_COMMON, "\n", COMMON_WORDS, partial(_common_words, repeats), 2 * COMMON_WORDS)
-        for repeats in (3, 2, 1)
-    ],
-    "frequent-words": [_List(_MOST_FREQUENT, " ", 3, _frequent_words, 60)],
+_COMMON = [
+    _List(_MOST_COMMON, "\n", COMMON_WORDS, partial(_common_words, repeats), 2 * COMMON_WORDS)
+    for repeats in (3, 2, 1)
+]
+_FREQUENT = [_List(_MOST_FREQUENT, " ", 3, _frequent_words, 60)]
+
+
+@dataclass(frozen=True)
+class RulerForm:
+    """``parts``: what a task's prompt is made of, by task, tokenizer and random generator.
+
+    by_facts: whether the task's ``facts`` and ``questions`` make it longer.
+    """
+
+    parts: Callable[[Task, "PreTrainedTokenizerBase", random.Random], _Parts]
+    by_facts: bool = False
+
+
+RULER_FORMS = {
+    "single-needle": RulerForm(_single_needle),
+    "multi-key": RulerForm(_multi_key, by_facts=True),
+    "multi-value": RulerForm(_multi_value, by_facts=True),
+    "multi-query": RulerForm(_multi_query, by_facts=True),
+    "variable-tracking": RulerForm(_variable_tracking),
+    "common-words": RulerForm(partial(_longest, _COMMON)),
+    "frequent-words": RulerForm(partial(_longest, _FREQUENT)),
 }

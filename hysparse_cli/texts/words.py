@@ -1,4 +1,4 @@
-"""The words that retrieval contexts are made of: short, common, lower-case, no inflections."""
+"""Lists the words that made-up text consists of: short, common, lower-case, no inflections."""
 
 import random
 

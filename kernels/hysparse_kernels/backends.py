@@ -1,7 +1,8 @@
-"""Which implementation runs an op: a table tried in order, or what ``HYSPARSE_BACKEND`` names.
+"""Chooses the backend that runs an op: the first row of a table that takes it, or the one named.
 
-A backend is a module with the functions of ``reference.py`` and one row here, whose ``refuses``
-gives the reason why it can't run a call, or None.
+``HYSPARSE_BACKEND`` names one. A backend is a module with the functions of ``reference.py``, called
+with their arguments by name, and one row here, whose ``refuses`` gives the reason why it can't run
+a call, or None.
 """
 
 import logging
@@ -12,21 +13,24 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hysparse_kernels import reference
+from hysparse_kernels.key_range import KeyRange
 
 ENVIRONMENT_VARIABLE = "HYSPARSE_BACKEND"
 LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a backend may refuse: an op's name, such as "full_attention", and its sizes.
+class Call(NamedTuple):
+    """An op and its arguments, checked and in one form: all that a backend may refuse by.
 
-    q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv). block_size: None where the op has none.
+    op: such as "full_attention". q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv). Of a sparse
+    layer k and v are the shared ones; of a gated sum q is o_sparse, k and v are o_window. The
+    others are the arguments of the op in ``reference``, None, 0 or False where it has none.
     """
 
     op: str
@@ -34,6 +38,18 @@ class Call:
     k: Tensor
     v: Tensor
     block_size: int | None = None
+    window_tokens: int | None = None
+    block_idx: Tensor | None = None
+    window_k: Tensor | None = None
+    window_v: Tensor | None = None
+    gate_logits: Tensor | None = None
+    key_range: KeyRange | None = None
+    window_range: KeyRange | None = None
+    scale: float | None = None
+    sinks: Tensor | None = None
+    softcap: float | None = None
+    top_k_blocks: int = 0
+    return_block_scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,13 +93,8 @@ def choose(call: Call) -> Choice:
     Raises: ValueError where ``HYSPARSE_BACKEND`` names an unknown backend, or one that refuses.
     """
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    names = [backend.name for backend in BACKENDS]
-    if forced and forced not in names:
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={forced!r} is unknown; known: {', '.join(names)}")
     refusals: dict[str, str] = {}
-    for backend in BACKENDS:
-        if forced and backend.name != forced:
-            continue
+    for backend in (_named(forced),) if forced else BACKENDS:
         reason = backend.refuses(call)
         if reason is None:
             return Choice(backend, refusals)
@@ -93,6 +104,14 @@ def choose(call: Call) -> Choice:
     raise ValueError(
         f"no backend runs {call.op}: {'; '.join(f'{n}: {w}' for n, w in refusals.items())}"
     )
+
+
+def _named(name: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    known = ", ".join(backend.name for backend in BACKENDS)
+    raise ValueError(f"{ENVIRONMENT_VARIABLE}={name!r} is unknown; known: {known}")
 
 
 @contextmanager

@@ -5,6 +5,8 @@ too. Nor does one beyond the last that any query of its row sees, where there ar
 queries, as in a cache that is longer than its tokens; nor one before a row's first.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from hysparse_kernels.backends import Call, choose
@@ -59,12 +61,12 @@ def full_attention(
         raise ValueError(f"top_k_blocks is {top_k_blocks}: it must be at least 0")
     if block_size is None and (top_k_blocks or return_block_scores):
         raise ValueError("top_k_blocks and return_block_scores need block_size")
-    backend = choose(Call("full_attention", q, k, v, block_size)).backend.module
-    result: FullAttention = backend.full_attention(
-        q,
-        k,
-        v,
-        checked_range(key_range, q, k),
+    result: FullAttention = _run(
+        "full_attention",
+        q=q,
+        k=k,
+        v=v,
+        key_range=checked_range(key_range, q, k),
         scale=checked_scale(scale, softcap, q),
         sinks=checked_sinks(sinks, q),
         softcap=softcap,
@@ -102,13 +104,13 @@ def block_sparse_attention(
     """
     check_attention(q, k, v)
     check_positive(block_size=block_size)
-    backend = choose(Call("block_sparse_attention", q, k, v, block_size)).backend.module
-    result: Attention = backend.block_sparse_attention(
-        q,
-        k,
-        v,
-        checked_lists(block_idx, q, k),
-        checked_range(key_range, q, k),
+    result: Attention = _run(
+        "block_sparse_attention",
+        q=q,
+        k=k,
+        v=v,
+        block_idx=checked_lists(block_idx, q, k),
+        key_range=checked_range(key_range, q, k),
         block_size=block_size,
         scale=checked_scale(scale, softcap, q),
         sinks=checked_sinks(sinks, q),
@@ -138,12 +140,12 @@ def sliding_window_attention(
     """
     check_attention(q, k, v)
     check_positive(window_tokens=window_tokens)
-    backend = choose(Call("sliding_window_attention", q, k, v)).backend.module
-    result: Attention = backend.sliding_window_attention(
-        q,
-        k,
-        v,
-        checked_range(key_range, q, k),
+    result: Attention = _run(
+        "sliding_window_attention",
+        q=q,
+        k=k,
+        v=v,
+        key_range=checked_range(key_range, q, k),
         window_tokens=window_tokens,
         scale=checked_scale(scale, softcap, q),
         sinks=checked_sinks(sinks, q),
@@ -164,8 +166,10 @@ def gated_sum(o_sparse: Tensor, o_window: Tensor, gate_logits: Tensor) -> Tensor
     """
     check_outputs(o_sparse, o_window)
     checked_gates(gate_logits, o_sparse)
-    backend = choose(Call("gated_sum", o_sparse, o_window, o_window)).backend.module
-    result: Tensor = backend.gated_sum(o_sparse, o_window, gate_logits)
+    call = Call("gated_sum", o_sparse, o_window, o_window, gate_logits=gate_logits)
+    result: Tensor = choose(call).backend.module.gated_sum(
+        o_sparse=o_sparse, o_window=o_window, gate_logits=gate_logits
+    )
     return result
 
 
@@ -210,17 +214,17 @@ def sparse_layer_attention(
             "G and Dv must agree"
         )
     check_positive(block_size=block_size, window_tokens=window_tokens)
-    call = Call("sparse_layer_attention", q, shared_k, shared_v, block_size)
-    result: Tensor = choose(call).backend.module.sparse_layer_attention(
-        q,
-        shared_k,
-        shared_v,
-        checked_lists(block_idx, q, shared_k),
-        window_k,
-        window_v,
-        checked_gates(gate_logits, q),
-        checked_range(key_range, q, shared_k),
-        checked_range(window_range, q, window_k, "window_range"),
+    result: Tensor = _run(
+        "sparse_layer_attention",
+        q=q,
+        k=shared_k,
+        v=shared_v,
+        block_idx=checked_lists(block_idx, q, shared_k),
+        window_k=window_k,
+        window_v=window_v,
+        gate_logits=checked_gates(gate_logits, q),
+        key_range=checked_range(key_range, q, shared_k),
+        window_range=checked_range(window_range, q, window_k, "window_range"),
         block_size=block_size,
         window_tokens=window_tokens,
         scale=checked_scale(scale, softcap, q),
@@ -228,3 +232,8 @@ def sparse_layer_attention(
         softcap=softcap,
     )
     return result
+
+
+def _run(op: str, **arguments: Any) -> Any:
+    """The op's result, by the backend that is chosen for these arguments."""
+    return getattr(choose(Call(op, **arguments)).backend.module, op)(**arguments)

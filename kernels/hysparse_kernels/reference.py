@@ -138,8 +138,8 @@ def gated_sum(o_sparse: Tensor, o_window: Tensor, gate_logits: Tensor) -> Tensor
 
 def sparse_layer_attention(
     q: Tensor,
-    shared_k: Tensor,
-    shared_v: Tensor,
+    k: Tensor,
+    v: Tensor,
     block_idx: Tensor,
     window_k: Tensor,
     window_v: Tensor,
@@ -157,8 +157,8 @@ def sparse_layer_attention(
     options: dict[str, Any] = {"scale": scale, "softcap": softcap}
     sparse = block_sparse_attention(
         q,
-        shared_k,
-        shared_v,
+        k,
+        v,
         block_idx,
         key_range,
         block_size=block_size,

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from hysparse_cli.bench.attention import dense_attention
+from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.bench.break_even import break_even
 from hysparse_cli.bench.decode import Decoding, decode, static_kv_cache
 from hysparse_cli.bench.lists import local_lists
@@ -16,10 +16,11 @@ from hysparse_cli.bench.rows import Row, times_dense
 from hysparse_cli.bench.timing import Marks, Timing, timed
 from hysparse_cli.bench.train import _switch_checkpointing, measure_train
 from hysparse_cli.bench.work import ModelSizes, Work, work_of
+from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.kv_cache import held_kv_bytes
 from hysparse_cli.model.loading import load
-from tests.listening import listened, unheard  # noqa: F401 - a fixture for all tests here
+from tests.listening import listened
 from tests.model.tiny import dense_config, dense_model, hysparse_model
 
 SPEC = HysparseSpec("FSSFS", block_size=4, top_k_tokens=8, window_tokens=6)
@@ -94,10 +95,10 @@ def test_dense_attention_is_the_models_own_and_says_what_it_can_not_do() -> None
         expected = model(ids).logits
         listened(model)
         assert torch.allclose(model(ids).logits, expected, atol=1e-12)
-    q, k = torch.rand(1, 4, 3, 8), torch.rand(1, 2, 3, 8)
+    q, k = torch.rand(1, 3, 4, 8), torch.rand(1, 3, 2, 8)
+    call = LayerCall(0, q, k, k, 1.0, sinks=torch.zeros(4), window_tokens=2)
     with pytest.raises(ValueError, match="no s_aux and no sliding_window"):
-        sinks = torch.zeros(4)
-        dense_attention(None, q, k, k, None, backend=None, s_aux=sinks, sliding_window=2)
+        AttentionPart("sdpa").attend(call)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -192,7 +193,8 @@ def test_given_lists_are_what_sparse_layers_read() -> None:
         own = model(ids).logits
         part.calls, part.lists = [], local_lists(20, 2, 2, 4, torch.Generator().manual_seed(0))
         given = model(ids).logits
-        state = part.calls[-1].keywords["hysparse"]  # type: ignore[attr-defined]
+        state = part.calls[-1].state
+        assert state is not None
         assert state.shared_by(3).block_idx.equal(part.lists.expand(2, -1, -1, -1))
         part.lists = None
         assert not given.equal(own) and model(ids).logits.equal(own)

@@ -12,9 +12,10 @@ from hysparse_cli.bench.exactness import AttentionCheck, wrong
 from hysparse_cli.bench.lists import local_lists
 from hysparse_cli.bench.prefill import measure_prefill
 from hysparse_cli.bench.train import measure_train
+from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.state import ForwardState
-from tests.listening import listened, unheard  # noqa: F401 - a fixture for all tests here
+from tests.listening import listened
 from tests.model.tiny import dense_model, hysparse_model
 
 PATTERN, SIZES = "FSSFS", {"block_size": 4, "top_k_tokens": 8, "window_tokens": 6}
@@ -76,14 +77,11 @@ def test_wrong_attention_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     model, part = listened_model({})
     right = part.attend
 
-    def off(*args: Any, **options: Any) -> Any:
-        out, weights = right(*args, **options)
-        is_it = (options["branches"] is None) == (kind == "full")
-        return (out * 1.001 if is_it else out), weights
+    def off(call: LayerCall) -> torch.Tensor:
+        is_it = (call.branches is None) == (kind == "full")
+        return right(call) * (1.001 if is_it else 1)
 
-    monkeypatch.setattr(
-        part, "attend", lambda *a, branches=None, **o: off(*a, branches=branches, **o)
-    )
+    monkeypatch.setattr(part, "attend", off)
     errors = errors_of(part, lambda: measure_prefill(model, part, 40, 2, seed=0))
     assert errors[f"{kind}_attention_error"] == pytest.approx(1e-3, rel=0.01)
     said = wrong(errors, torch.float32)

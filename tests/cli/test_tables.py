@@ -13,6 +13,7 @@ from rich.console import Console
 from hysparse_cli.bench.timing import Timing
 from hysparse_cli.convert.ledger import Ledger, Losses
 from hysparse_cli.convert.plan import contexts_up_to
+from hysparse_cli.evaluate.table import tables
 from hysparse_cli.finetune.result import FinetuneResult, Step
 from hysparse_cli.start.result import LayerStart, Start
 from hysparse_cli.tables import Table
@@ -102,7 +103,7 @@ def test_every_other_table_keeps_its_figures(width: int) -> None:
     evaluation = _evaluation(0, 0.1, 0.02)
     for score in evaluation.scores:
         object.__setattr__(score, "attention", f"hysparse {'FSSS' * 16}")
-    scores = shown(evaluation.table(), width)
+    scores = shown(tables(evaluation), width)
     assert "+0.1500 ±0.0447" in scores and "recall@8k" in scores
     assert scores.replace(" ", "").count("FSSS" * 16) == 3
 

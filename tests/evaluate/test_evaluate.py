@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hysparse_cli.evaluate.perplexity import Window, cut_windows, measure_loss
+from hysparse_cli.evaluate.retrieval import count_correct
 from hysparse_cli.evaluate.run import evaluate
-from hysparse_cli.evaluate.scoring import count_correct
 from hysparse_cli.evaluate.statistics import Sample
 from hysparse_cli.model.loading import load
 from hysparse_cli.model.logits import hidden_states, logits_of

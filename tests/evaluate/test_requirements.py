@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hysparse_cli.errors import InvalidRecipe
-from hysparse_cli.evaluate.requirements import Gate, judge, parse_gates
+from hysparse_cli.evaluate.requirements import Requirement, judge, parse_requirements
 from tests.conftest import Hysparse
 
 NAMES = ["base", "healed-0.5", "healed"]
@@ -15,7 +15,7 @@ METRICS = ["loss", "perplexity", "retrieval", "retrieval@8k", "recall@600"]
 
 
 @pytest.mark.parametrize(
-    ("text", "gate"),
+    ("text", "parts"),
     [
         ("loss<=4.1", ("loss", "<=", None, 4.1)),
         ("loss<=dense+0.01", ("loss", "<=", "dense", 0.01)),
@@ -28,8 +28,8 @@ METRICS = ["loss", "perplexity", "retrieval", "retrieval@8k", "recall@600"]
         ("perplexity<-1", ("perplexity", "<", None, -1)),
     ],
 )
-def test_a_gate_is_understood(text: str, gate: tuple[str, str, str | None, float]) -> None:
-    assert parse_gates([text], NAMES, METRICS) == [Gate(text, *gate)]
+def test_a_requirement_is_understood(text: str, parts: tuple[str, str, str | None, float]) -> None:
+    assert parse_requirements([text], NAMES, METRICS) == [Requirement(text, *parts)]
 
 
 @pytest.mark.parametrize(
@@ -52,15 +52,15 @@ def test_a_gate_is_understood(text: str, gate: tuple[str, str, str | None, float
         "retrieval>=90%",
     ],
 )
-def test_what_is_no_gate_is_refused(text: str) -> None:
+def test_what_is_no_requirement_is_refused(text: str) -> None:
     with pytest.raises(InvalidRecipe, match="require ") as refusal:
-        parse_gates(["loss<=4", text], NAMES, METRICS)
+        parse_requirements(["loss<=4", text], NAMES, METRICS)
     assert repr(text) in str(refusal.value) and "'loss<=4':" not in str(refusal.value)
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
     with pytest.raises(InvalidRecipe) as refusal:
-        parse_gates(["loss<=x", "speed>=1"], NAMES, METRICS)
+        parse_requirements(["loss<=x", "speed>=1"], NAMES, METRICS)
     assert "'loss<=x'" in str(refusal.value) and "speed is not measured" in str(refusal.value)
 
 
@@ -68,7 +68,7 @@ def test_a_gate_is_for_all_but_its_reference_or_the_first() -> None:
     found = [{"loss": 4.0}, {"loss": 4.2}, {"loss": math.nan}]
     places = {"base": 0, "healed-0.5": 1, "healed": 2, "dense": 0}
     texts = ["loss<=4.1", "loss<=healed-0.5", "loss<=dense+0.25"]
-    verdicts = judge(parse_gates(texts, NAMES, METRICS), found, places)
+    verdicts = judge(parse_requirements(texts, NAMES, METRICS), found, places)
     assert [(v.place, v.bound, v.holds) for v in verdicts] == [
         (1, 4.1, False),
         (2, 4.1, False),  # not a number is not good enough
@@ -80,10 +80,12 @@ def test_a_gate_is_for_all_but_its_reference_or_the_first() -> None:
 
 
 def test_the_only_checkpoint_is_judged_by_itself() -> None:
-    (verdict,) = judge(parse_gates(["loss<=4.1"], ["one"], METRICS), [{"loss": 4.0}], {"one": 0})
+    (verdict,) = judge(
+        parse_requirements(["loss<=4.1"], ["one"], METRICS), [{"loss": 4.0}], {"one": 0}
+    )
     assert verdict.holds and verdict.place == 0
     with pytest.raises(InvalidRecipe, match="no other checkpoint to compare one with"):
-        parse_gates(["loss<=dense"], ["one"], METRICS)
+        parse_requirements(["loss<=dense"], ["one"], METRICS)
 
 
 @pytest.fixture
@@ -97,8 +99,8 @@ def test_a_gate_that_fails_is_exit_code_6_after_the_result(
     hysparse: Hysparse, tiny_original: Path, tiny_converted: Path, text: Path
 ) -> None:
     args = ("eval", tiny_original, tiny_converted, "--data", text, "--sequence-tokens", 64)
-    gates = ("--require", "loss<=dense-9", "--require", "loss<=dense+9", "--require", "loss<1")
-    run = hysparse(*args, *gates, "--json")
+    required = ("--require", "loss<=dense-9", "--require", "loss<=dense+9", "--require", "loss<1")
+    run = hysparse(*args, *required, "--json")
     assert run.exit_code == 6
     result = json.loads(run.stdout)
     assert [gate["holds"] for gate in result["gates"]] == [False, True, False]
@@ -132,7 +134,7 @@ def test_dense_needs_a_dense_checkpoint(
 
 
 def test_a_figure_that_is_missing_fails() -> None:
-    gates = parse_gates(["loss<=dense+1"], NAMES[:2], METRICS)
+    requirements = parse_requirements(["loss<=dense+1"], NAMES[:2], METRICS)
     places = {"base": 0, "dense": 0}
-    assert [v.holds for v in judge(gates, [{"loss": 4.0}, {}], places)] == [False]
-    assert [v.holds for v in judge(gates, [{}, {"loss": 4.0}], places)] == [False]
+    assert [v.holds for v in judge(requirements, [{"loss": 4.0}, {}], places)] == [False]
+    assert [v.holds for v in judge(requirements, [{}, {"loss": 4.0}], places)] == [False]

@@ -11,7 +11,6 @@ from hysparse_cli.evaluate.statistics import (
     Sample,
     difference,
     mean_difference,
-    student_975,
 )
 
 
@@ -46,7 +45,11 @@ def test_equal_counts_give_the_textbook_interval_of_paired_means() -> None:
     ("degrees", "quantile"), [(3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (10_000, 1.960)]
 )
 def test_students_quantile_is_that_of_the_tables(degrees: int, quantile: float) -> None:
-    assert student_975(degrees) == pytest.approx(quantile, abs=5e-4)
+    gaps = [float(i % 7) for i in range(degrees + 1)]
+    ones = [1] * len(gaps)
+    found = difference(Sample(gaps, ones), Sample([0.0] * len(gaps), ones))
+    error = stdev(gaps) / math.sqrt(len(gaps))
+    assert found.margin == pytest.approx(quantile * error, rel=0.0005)
 
 
 def test_there_is_no_interval_without_pairs_or_from_few_pieces() -> None:

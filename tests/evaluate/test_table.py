@@ -12,9 +12,11 @@ from rich.console import Console
 
 from hysparse_cli.evaluate.harness import TaskScore
 from hysparse_cli.evaluate.perplexity import Loss
-from hysparse_cli.evaluate.requirements import judge, parse_gates
-from hysparse_cli.evaluate.result import CheckpointScores, Evaluation, Retrieval, metric_names
+from hysparse_cli.evaluate.requirements import judge, parse_requirements
+from hysparse_cli.evaluate.result import CheckpointScores, Evaluation, metric_names
+from hysparse_cli.evaluate.retrieval import Retrieval
 from hysparse_cli.evaluate.statistics import Sample
+from hysparse_cli.evaluate.table import tables
 from hysparse_cli.recipe import EvalOptions
 from hysparse_cli.texts.documents import BadRows
 from tests.conftest import Hysparse
@@ -54,15 +56,15 @@ def _evaluation(*worse: float) -> Evaluation:
         lm_eval=["mmlu"],
         require=["loss<=4.1", "recall@8k>=0.9"],
     )
-    gates = parse_gates(options.require, names, metric_names(options))
+    requirements = parse_requirements(options.require, names, metric_names(options))
     found = [score.metrics() for score in scores]
-    verdicts = judge(gates, found, {})
+    verdicts = judge(requirements, found, {})
     return Evaluation(options, {"device": "cpu"}, scores, verdicts, BadRows())
 
 
 def _shown(evaluation: Evaluation, width: int) -> str:
     console = Console(width=width, file=StringIO())
-    console.print(evaluation.table())
+    console.print(tables(evaluation))
     assert isinstance(console.file, StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
@@ -94,11 +96,11 @@ Evaluation
                                    +0.1500 ±0.0447   +0.0300 ±0.0089
 
   recall@8k         16    100.0%             93.8%             98.8%
-                                        -6.2 ±19.7         -1.2 ±3.9
+                                        -6.2 ±19.9         -1.2 ±4.0
   multi-key@8k       4    100.0%             75.0%             95.0%
-                                       -25.0 ±79.0        -5.0 ±15.8
+                                       -25.0 ±79.6        -5.0 ±15.9
   retrieval@8k            100.0%             84.4%             96.9%
-                                       -15.6 ±40.7         -3.1 ±8.1
+                                       -15.6 ±41.0         -3.1 ±8.2
 
   mmlu acc           4    0.5000            0.4000            0.4800
                                    -0.1000 ±0.0000   -0.0200 ±0.0000
@@ -119,6 +121,25 @@ def test_nothing_is_cut_at_80_columns() -> None:
         evaluation.scores[place] = replace(score, checkpoint=name, attention=pattern, loss=huge)
     shown = _shown(evaluation, 80)
     assert "…" not in shown and "1.32e+09" in shown
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_every_row_keeps_its_role_and_figures_at_any_width(width: int) -> None:
+    evaluation = _evaluation(0, 0.1, 0.02)
+    shown = _shown(evaluation, width)
+    assert max(map(len, shown.splitlines())) <= width and "…" not in shown
+    text = " ".join(shown.split())
+    for role in ("loss", "perplexity", "loss at 1-13", "recall@8k", "retrieval@8k", "mmlu acc"):
+        assert role in text
+    assert all(f"{require} " in text.replace(";", "") for require in evaluation.options.require)
+    for score in evaluation.scores:
+        assert score.loss is not None
+        assert f"{score.loss.nats_per_token:.4f}" in text and f"{score.loss.perplexity:.2f}" in text
+        assert all(f"{cell.accuracy:.1%}" in text for cell in score.retrieval)
+    assert "+0.1500 ±0.0447" in text and "holds" in text and "fails" in text
+    assert "model-1" in text and "hysparse FSSF" in text
+    rows = shown.partition("Evaluation\n")[2].partition("± 95%")[0].splitlines()
+    assert all(row.startswith((" ", *"lprm")) for row in rows if row), "only rows begin at the left"
 
 
 def test_the_table_stays_as_it_is() -> None:

@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hysparse_cli.inspect_topk import inspect_topk
-from hysparse_cli.inspect_topk.maps import selection_maps
-from hysparse_cli.inspect_topk.movement import movements
 from hysparse_cli.inspect_topk.observe import look
 from hysparse_cli.inspect_topk.reading import Asked, Reading
+from hysparse_cli.inspect_topk.selection import movements, selection_maps
 from hysparse_cli.inspect_topk.subject import Subject, load_subject
+from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.config import HysparseSpec
+from hysparse_cli.model.state import ForwardOptions
 from hysparse_cli.placement.overlap import QUERIES_PER_ROW, measure_overlap
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
 from hysparse_kernels import block_sparse_attention, sliding_window_attention
@@ -117,11 +118,15 @@ def gated(family: str, **switches: Any) -> Subject:
 def observed(subject: Subject, ids: list[int]) -> tuple[Tensor, dict[int, dict[str, Any]]]:
     """What the head reads, and what the model's own observer is told of each layer."""
     seen: dict[int, dict[str, Any]] = {}
+
+    def note(call: LayerCall) -> Tensor:
+        out = call.attend()
+        seen[call.layer] = vars(call) | {"block_idx": call.block_idx, "gates": call.gates}
+        return out
+
     with torch.no_grad():
-        output = subject.model.model(
-            torch.tensor([ids]),
-            hysparse_observer=lambda **found: seen.update({found["layer"]: found}),
-        )
+        options = ForwardOptions(observer=note)
+        output = subject.model.model(torch.tensor([ids]), hysparse=options)
     return output.last_hidden_state, seen
 
 

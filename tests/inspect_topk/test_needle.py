@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 from hysparse_cli.inspect_topk import inspect_topk
 from hysparse_cli.inspect_topk.reading import read
 from hysparse_cli.inspect_topk.result import Inspection
+from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.loading import load_tokenizer
 from hysparse_cli.model.modeling import make_sparse
-from hysparse_cli.model.state import Variation
+from hysparse_cli.model.state import ForwardOptions, Variation
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
 from hysparse_cli.texts.calibration import calibration_text
 from hysparse_cli.texts.documents import read_documents
@@ -24,16 +25,20 @@ from tests.model import tiny
 SPEC = HysparseSpec("FSSF", block_size=8, top_k_tokens=16, window_tokens=8)
 
 
-def forward(model: Any, ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    model: Any, ids: torch.Tensor, variation: Variation | None = None, **given: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits, and the lists that layer 1 reads."""
-    lists = []
+    lists: list[Any] = []
 
-    def observer(*, layer: int, block_idx: torch.Tensor | None, **rest: Any) -> None:
-        if layer == 1:
-            lists.append(block_idx)
+    def observer(call: LayerCall) -> torch.Tensor:
+        if call.layer == 1:
+            lists.append(call.block_idx)
+        return call.attend()
 
     with torch.no_grad():
-        logits = model(ids, hysparse_observer=observer, **options).logits
+        options = ForwardOptions(observer=observer, variation=variation)
+        logits = model(ids, hysparse=options, **given).logits
     return logits, lists[0]
 
 
@@ -47,7 +52,7 @@ def test_a_forced_block_is_in_every_list_of_who_sees_it(padded: bool) -> None:
     given = {"attention_mask": (torch.arange(70) >= first).long()[None]} if padded else {}
     plain, lists = forward(model, ids, **given)
     forced = Variation(SPEC, sparse, True, {0: (4,)})
-    logits, more = forward(model, ids, hysparse_variation=forced, **given)
+    logits, more = forward(model, ids, forced, **given)
     begin = first + 4 * 8
     for t in range(70):
         for group in range(lists.shape[2]):
@@ -58,7 +63,7 @@ def test_a_forced_block_is_in_every_list_of_who_sees_it(padded: bool) -> None:
     assert torch.equal(logits[:, first:begin], plain[:, first:begin])
     assert not torch.allclose(logits[:, begin:], plain[:, begin:])
     elsewhere = Variation(SPEC, sparse, True, {3: (4,)})  # a full layer that serves nobody
-    same, _ = forward(model, ids, hysparse_variation=elsewhere, **given)
+    same, _ = forward(model, ids, elsewhere, **given)
     assert torch.equal(same, plain)
 
 

@@ -13,9 +13,8 @@ from hysparse_cli.inspect_topk.blocks import (
     block_shares,
     even_blocks,
 )
-from hysparse_cli.inspect_topk.fit import FitSums
-from hysparse_cli.inspect_topk.maps import selection_maps, smaller, visible_pairs
-from hysparse_cli.inspect_topk.movement import LAGS, movements
+from hysparse_cli.inspect_topk.selection import LAGS, movements, selection_maps, visible_pairs
+from hysparse_cli.inspect_topk.statistics import FitSums
 from hysparse_kernels import full_attention
 from hysparse_kernels.reference import select_blocks
 
@@ -165,22 +164,20 @@ def brute_map(selection: Tensor, group: int, queries: list[int], blocks: list[in
 
 
 def test_maps_equal_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in {"ROWS": 6, "COLUMNS": 4, "SMALL_ROWS": 3, "SMALL_COLUMNS": 2}.items():
-        monkeypatch.setattr(f"hysparse_cli.inspect_topk.maps.{name}", size)
-    monkeypatch.setattr("hysparse_cli.inspect_topk.maps.SLAB_QUERIES", 9)
+    for name, size in {"ROWS": 6, "COLUMNS": 4, "SLAB_QUERIES": 9}.items():
+        monkeypatch.setattr(f"hysparse_cli.inspect_topk.selection.{name}", size)
     selection = own_blocks(made_inputs(3))
     maps = selection_maps(selection, 8)
     assert len(maps) == G
     for group, cells in enumerate(maps):
-        for picture, rows, columns in ((cells, 6, 4), (smaller(cells, T, 8), 3, 2)):
-            for r in range(rows):
-                for c in range(columns):
-                    queries = [t for t in range(T) if t * 6 // T * rows // 6 == r]
-                    blocks = [n for n in range(N) if n * 4 // N * columns // 4 == c]
-                    expected = brute_map(selection, group, queries, blocks)
-                    assert picture[r][c] == (
-                        None if expected is None else pytest.approx(expected, abs=1e-6)
-                    )
+        for r in range(6):
+            for c in range(4):
+                queries = [t for t in range(T) if t * 6 // T == r]
+                blocks = [n for n in range(N) if n * 4 // N == c]
+                expected = brute_map(selection, group, queries, blocks)
+                assert cells[r][c] == (
+                    None if expected is None else pytest.approx(expected, abs=1e-6)
+                )
     assert int(visible_pairs(T, 8).sum()) == sum(t // 8 + 1 for t in range(T))
 
 

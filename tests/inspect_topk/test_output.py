@@ -4,17 +4,21 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from rich.console import Console
 
-from hysparse_cli.inspect_topk.maps import Map, mean_map
+from hysparse_cli.inspect_topk.needle import FULL, OWN_KEYS, Effect
 from hysparse_cli.inspect_topk.plot import BARS, as_figure
+from hysparse_cli.inspect_topk.result import Inspection
 from hysparse_cli.inspect_topk.run import inspect_topk
-from hysparse_cli.inspect_topk.table import FAINT, HIDDEN, NEVER, SHADES, shade
+from hysparse_cli.inspect_topk.table import as_table
 from hysparse_cli.recipe import ConvertOptions, InspectOptions
 from hysparse_cli.texts.words import WORDS
 from tests.conftest import Hysparse
@@ -40,23 +44,84 @@ def test_the_terminal_shows_what_it_showed(
     run = hysparse("inspect-topk", "demo-model", "--prompt", text, *layout, *needle)
     assert run.exit_code == 0, run.stderr
     lines = [line.rstrip() for line in run.stdout.splitlines()]
-    assert max(map(len, lines)) <= 80 and "…" not in run.stdout
+    assert max(map(len, lines)) <= 80 and len(lines) <= 24 and "…" not in run.stdout
     if not GOLDEN.exists():
         GOLDEN.write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert lines == GOLDEN.read_text(encoding="utf-8").splitlines()
 
 
-def test_maps_of_many_heads_are_shown_as_their_mean(hysparse: Hysparse, stories_260k: Path) -> None:
-    args = ("--prompt", "Once upon a time. " * 20, "--block-size", 8, "--top-k-tokens", 16)
-    out = hysparse("inspect-topk", stories_260k, *args).stdout
-    assert out.count("mean of 4 KV heads") == 1 and "KV head 0" not in out
-    maps: list[Map] = [[[0.25, None], [0.5, 1.0]], [[0.75, None], [0.0, 0.5]]]
-    assert mean_map(maps) == [[0.5, None], [0.25, 0.75]]
+def drawn_at(width: int, found: Inspection) -> list[str]:
+    console = Console(width=width, file=StringIO(), markup=False, emoji=False)
+    console.print(as_table(found))
+    assert isinstance(console.file, StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert not any("…" in line for line in lines)
+    return lines
 
 
-def test_shades_read_without_colour() -> None:
-    shades = [shade(value)[0] for value in (None, 0.0, 0.1, 0.3, 0.6, 0.9)]
-    assert shades == [HIDDEN, NEVER[0], FAINT[0], *(letter for _, letter, _ in SHADES[::-1])]
+def inspected(model: Path, pattern: str, **options: Any) -> Inspection:
+    sizes = {"block_size": 8, "top_k_tokens": 16, "window_tokens": 8}
+    planned = ConvertOptions(pattern=pattern, **sizes)
+    return inspect_topk(str(model), InspectOptions(device="cpu", **options), planned)
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_each_full_layer_keeps_its_role_and_figures_at_any_width(
+    width: int, tiny_original: Path
+) -> None:
+    found = inspected(tiny_original, "FSFS", prompt=PROMPT, needle="w33 w44", answer="w60")
+    text = " ".join(" ".join(drawn_at(width, found)).split())
+    for column in ("layer", "serves", "kept", "far", "all:", "answers:", "recall", "mass", "worst"):
+        assert column in text
+    for served in found.served_layers:
+        for fit in (served.fit, served.answer_fit):  # each serves one layer: means are its own
+            assert fit is not None
+            for field in ("recall", "mass_selected", "mass_even", "mass_own_best"):
+                assert f"{getattr(fit, field):.0%}" in text
+            assert f"{fit.recall_random:.0%}" in text  # in the row of chance
+        assert f"{served.layer}: {fit.mass_seen / fit.mass_own_best:.0%}" in text
+    assert "Needle 'w33 w44' is" in text and "Sparse layer" in text and "--html PAGE" in text
+
+
+def test_a_full_layer_more_is_a_row_more(tiny_original: Path) -> None:
+    few, more = (
+        drawn_at(80, inspected(tiny_original, pattern, prompt=PROMPT))
+        for pattern in ("FSSS", "FSFS")
+    )
+    assert len(more) == len(few) + 1 <= 20
+
+
+def test_the_terminal_names_the_page(tiny_original: Path) -> None:
+    found = inspected(tiny_original, "FSSF", prompt="w1 w2", html="page.html")
+    text = " ".join(drawn_at(80, found))
+    assert "single layers: page.html" in text and "Up to 16 tokens every block is selected" in text
+
+
+def effects(*next_tokens: str) -> list[Effect]:
+    """Of full attention, of the selections as they are, and with the needle in all of them."""
+    ways = ((FULL, []), (OWN_KEYS, []), (OWN_KEYS, [0]))
+    return [
+        Effect(attention, into, 0.5, 0.6, token, 0.7)
+        for (attention, into), token in zip(ways, next_tokens, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("next_tokens", "verdict"),
+    [
+        (("a", "a", "b"), "is still found"),
+        (("a", "b", "a"), "is lost by the selection"),
+        (("a", "b", "b"), "is lost even where it is selected"),
+    ],
+)
+def test_the_verdict_goes_by_the_likeliest_token(
+    next_tokens: tuple[str, ...], verdict: str, tiny_original: Path
+) -> None:
+    found = inspected(tiny_original, "FSSF", prompt=PROMPT, needle="w33 w44")
+    assert found.needle is not None
+    needle = replace(found.needle, effects=effects(*next_tokens))
+    assert f"Needle 'w33 w44' {verdict}" in " ".join(drawn_at(140, replace(found, needle=needle)))
 
 
 @pytest.mark.parametrize("kind", ["dense", "converted"])
@@ -116,9 +181,7 @@ def test_every_file_holds_the_numbers_of_the_json(
 
 
 def test_the_picture_draws_the_numbers_of_the_json(tiny_original: Path) -> None:
-    options = InspectOptions(prompt=PROMPT, device="cpu")
-    sizes = {"block_size": 8, "top_k_tokens": 16, "window_tokens": 8}
-    found = inspect_topk(str(tiny_original), options, ConvertOptions(pattern="FSSF", **sizes))
+    found = inspected(tiny_original, "FSSF", prompt=PROMPT)
     data = found.as_json()
     figure = as_figure(found)
     shown = [axes for axes in figure.axes if axes.axison and axes.get_label() != "<colorbar>"]

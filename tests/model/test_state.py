@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from hysparse_cli.model.attention import hysparse_attention
+from hysparse_cli.model.attention import LayerCall, hysparse_attention
 from hysparse_cli.model.config import HysparseSpec
-from hysparse_cli.model.state import forward_state
+from hysparse_cli.model.state import ForwardOptions, forward_state
 from tests.model.equivalences import SPEC, ids
 from tests.model.tiny import dense_model, hysparse_model
 
@@ -119,14 +119,35 @@ def test_autocast_leaves_the_attention_ops_in_full_precision() -> None:
 @torch.no_grad()
 def test_an_observer_sees_every_layer_once() -> None:
     model, x = hysparse_model("qwen3", SPEC), ids()
-    calls: list[dict[str, Any]] = []
-    model(x, use_cache=False, hysparse_observer=lambda **call: calls.append(call))
-    assert [call["layer"] for call in calls] == [0, 1, 2, 3, 4]
-    selected = [call["block_idx"] for call in calls]
+    selected: list[Any] = []
+    gates: list[Any] = []
+    layers: list[int] = []
+
+    def note(call: LayerCall) -> torch.Tensor:
+        out = call.attend()
+        layers.append(call.layer)
+        selected.append(call.block_idx)
+        gates.append(call.gates)
+        return out
+
+    plain = model(x, use_cache=False).logits
+    assert plain.equal(model(x, use_cache=False, hysparse=ForwardOptions(observer=note)).logits)
+    assert layers == [0, 1, 2, 3, 4]
     assert selected[1] is selected[0] and selected[2] is selected[0] and selected[4] is selected[3]
     assert selected[0].shape == (2, 40, 2, SPEC.top_k_blocks)
-    assert [call["gates"] is None for call in calls] == [True, False, False, True, False]
-    assert calls[1]["gates"].shape == (2, 40, 4, 2)
+    assert [found is None for found in gates] == [True, False, False, True, False]
+    assert gates[1].shape == (2, 40, 4, 2)
+
+
+@torch.no_grad()
+def test_what_an_observer_returns_is_the_layers_output() -> None:
+    model, x = hysparse_model("qwen3", SPEC), ids()
+    zero = ForwardOptions(observer=lambda call: torch.zeros_like(call.q))
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    seen: list[torch.Tensor] = []
+    model(x, use_cache=False, hysparse=zero)
+    assert len(seen) == 5 and not any(out.any() for out in seen)
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hysparse_cli.errors import InvalidRecipe
+from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.config import HysparseSpec, SparseKv, WindowKv
 from hysparse_cli.model.kv_cache import held_kv_bytes, kv_cache_of
-from hysparse_cli.model.state import Variation
+from hysparse_cli.model.state import ForwardOptions, Variation
 from hysparse_cli.recipe import ConvertOptions, load_section
 from tests.conftest import Hysparse
 from tests.model.equivalences import (
@@ -49,9 +50,10 @@ def attended(q: Tensor, k: Tensor, v: Tensor, times: Tensor, sinks: Tensor) -> T
 class Watched:
     """A forward of ``model``: what its observer saw, and what each sparse layer put out."""
 
-    def __init__(self, model: Any, spec: HysparseSpec, **options: Any):
+    def __init__(self, model: Any, spec: HysparseSpec, variation: Variation | None = None):
         self.spec = spec
-        self.seen: dict[int, dict[str, Any]] = {}
+        self.seen: dict[int, LayerCall] = {}
+        self.block_idx: dict[int, Tensor | None] = {}
         self.out: dict[int, Tensor] = {}
         self.gate_logits: dict[int, Tensor] = {}
         for layer in spec.layers.sparse_layers:
@@ -63,22 +65,27 @@ class Watched:
                 attention.hysparse.gate.register_forward_hook(
                     lambda module, args, out, layer=layer: self.gate_logits.update({layer: out})
                 )
-        model(ids(), use_cache=False, hysparse_observer=self.observe, **options)
+        options = ForwardOptions(observer=self.observe, variation=variation)
+        model(ids(), use_cache=False, hysparse=options)
 
-    def observe(self, **call: Any) -> None:
-        self.seen[call["layer"]] = call
+    def observe(self, call: LayerCall) -> Tensor:
+        out = call.attend()
+        self.seen[call.layer], self.block_idx[call.layer] = call, call.block_idx
+        return out
 
     def times(self, layer: int) -> tuple[Tensor, Tensor]:
         """How often (0 or 1) each key is in the block-sparse branch, and in the window."""
         t, s = torch.arange(TOKENS)[:, None], torch.arange(TOKENS)
-        listed = self.seen[layer]["block_idx"][..., None] == s // self.spec.block_size
+        block_idx = self.block_idx[layer]
+        assert block_idx is not None
+        listed = block_idx[..., None] == s // self.spec.block_size
         selected = listed.any(-2) & (s <= t)[:, None]  # [B, T, G, S]
         recent = ((s <= t) & (s > t - self.spec.window_tokens))[:, None].expand_as(selected)
         return selected.double(), recent.double()
 
     def kv(self, layer: int, whose: str) -> tuple[Tensor, Tensor]:
         seen = self.seen[self.spec.layers.server_of(layer) if whose == "shared" else layer]
-        return seen["k"], seen["v"]
+        return seen.k, seen.v
 
 
 @ALL
@@ -88,7 +95,7 @@ def test_each_sparse_layer_is_its_formula(family: str, spec: HysparseSpec) -> No
     model = hysparse_model(family, spec)
     watched = Watched(model, spec)
     for layer, out in watched.out.items():
-        q, own_sinks = watched.seen[layer]["q"], watched.seen[layer]["sinks"]
+        q, own_sinks = watched.seen[layer].q, watched.seen[layer].sinks
         sinks = model.model.layers[layer].self_attn.hysparse.sinks
         sinks = sinks if own_sinks is None else sinks + own_sinks[:, None]
         selected, recent = watched.times(layer)
@@ -105,10 +112,10 @@ def test_each_sparse_layer_is_its_formula(family: str, spec: HysparseSpec) -> No
 def test_merged_branches_are_one_softmax_over_the_keys_of_both(family: str) -> None:
     spec = replace(SPEC, sparse_kv="own")
     variation = Variation(spec, frozenset(spec.layers.sparse_layers), learned=False)
-    watched = Watched(hysparse_model(family, spec), spec, hysparse_variation=variation)
+    watched = Watched(hysparse_model(family, spec), spec, variation)
     for layer, out in watched.out.items():
         selected, recent = watched.times(layer)
-        q, own_sinks = watched.seen[layer]["q"], watched.seen[layer]["sinks"]
+        q, own_sinks = watched.seen[layer].q, watched.seen[layer].sinks
         sinks = torch.full((4,), -torch.inf).double() if own_sinks is None else own_sinks
         expected = attended(q, *watched.kv(layer, "own"), selected + recent, sinks)
         assert torch.allclose(out, expected.flatten(2), rtol=0, atol=EXACT)
@@ -153,14 +160,14 @@ def test_a_variation_is_the_model_of_its_switches() -> None:
             }
         )
         variation = Variation(spec, sparse, learned=True)
-        varied = model(x, use_cache=False, hysparse_variation=variation).logits
+        varied = model(x, use_cache=False, hysparse=ForwardOptions(variation=variation)).logits
         assert varied.equal(other(x, use_cache=False).logits)
     nothing = Variation(SPEC, frozenset(), learned=True)
-    dense = model(x, use_cache=False, hysparse_variation=nothing).logits
+    dense = model(x, use_cache=False, hysparse=ForwardOptions(variation=nothing)).logits
     whole = Variation(
         replace(SPEC, sparse_kv="own", window_kv="none", top_k_tokens=TOKENS), sparse, learned=False
     )
-    every_block = model(x, use_cache=False, hysparse_variation=whole).logits
+    every_block = model(x, use_cache=False, hysparse=ForwardOptions(variation=whole)).logits
     assert torch.allclose(every_block, dense, rtol=0, atol=EXACT)
 
 

@@ -1,12 +1,16 @@
 """In-memory patterns of one dense model are what converted checkpoints of those patterns are."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from hysparse_cli.families import FAMILIES
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.logits import hidden_states
+from hysparse_cli.model.observe import watch_attention
 from hysparse_cli.placement.overlap import measure_overlap
 from hysparse_cli.placement.variants import Variants
 from tests.model import tiny
@@ -53,6 +57,44 @@ def test_overlap_is_whole_where_everything_is_selected() -> None:
             assert overlap.mass[a][b] == pytest.approx(1.0, abs=1e-5)
             assert 0.0 <= overlap.damage[a][b] <= 1.0
     assert all(x > 0 for x in overlap.importance)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_importance_is_how_much_the_attention_module_turns_its_residual(family: str) -> None:
+    model: Any = tiny.dense_model(family).float()
+    spec = HysparseSpec("FFFFF", **SIZES)
+    importance = measure_overlap(model, ROWS[:1], spec, 0, lambda *at: None).overlap.importance
+    added: list[torch.Tensor] = []
+    residual: list[torch.Tensor] = []
+    for layer in range(5):
+        path = FAMILIES[family].attention.format(layer=layer)
+        place = FAMILIES[family].layer.format(layer=layer)
+        model.get_submodule(place).register_forward_pre_hook(
+            lambda module, args: residual.append(args[0])
+        )
+        model.get_submodule(path).register_forward_hook(
+            lambda module, args, output: added.append(output[0])
+        )
+    watch_attention(model, ROWS[:1], lambda layer, seen: None)
+    first = 64 - 48  # where its queries begin: fewer than it looks at at most, so it takes all
+    turns = [
+        1 - torch.cosine_similarity(x[0, first:], (x + y)[0, first:], dim=-1).mean()
+        for x, y in zip(residual, added, strict=True)
+    ]
+    assert importance == pytest.approx([float(turn) for turn in turns], rel=1e-3, abs=1e-6)
+
+
+def test_the_output_projection_is_the_one_that_the_family_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], output="to_out.0"))
+    model: Any = tiny.dense_model("llama").float()
+    for layer in model.model.layers:
+        layer.self_attn.to_out = nn.ModuleList([nn.Linear(32, 32, bias=False)])
+        layer.self_attn.to_out[0].weight.data.zero_()
+    spec = HysparseSpec("FFFFF", **SIZES)
+    importance = measure_overlap(model, ROWS, spec, 0, lambda *at: None).overlap.importance
+    assert importance == pytest.approx([0.0] * 5, abs=1e-6)
 
 
 def test_a_layer_that_copies_its_server_takes_no_damage() -> None:

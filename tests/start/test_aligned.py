@@ -14,7 +14,7 @@ from hysparse_cli.errors import InvalidRecipe, UnsupportedModel
 from hysparse_cli.families import FAMILIES
 from hysparse_cli.model.modeling import install
 from hysparse_cli.model.observe import LayerSeen
-from hysparse_cli.model.state import Shared, Variation
+from hysparse_cli.model.state import ForwardOptions, Shared, Variation
 from hysparse_cli.recipe import ConvertOptions, load_section
 from hysparse_cli.start.aligned import aligned
 from hysparse_cli.start.copy import copy
@@ -100,7 +100,7 @@ def test_the_aligned_model_with_all_layers_full_is_the_dense_one() -> None:
     install(model, SPEC)
     put_tensors(model.double(), start.tensors)
     nothing = Variation(SPEC, frozenset(), learned=True)
-    logits = model(rows, use_cache=False, hysparse_variation=nothing).logits
+    logits = model(rows, use_cache=False, hysparse=ForwardOptions(variation=nothing)).logits
     assert torch.allclose(logits, expected, rtol=0, atol=1e-9)
     assert not torch.allclose(model(rows, use_cache=False).logits, expected, rtol=0, atol=1e-2)
 
@@ -111,7 +111,7 @@ def test_heads_that_read_each_other_are_put_in_order() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 60, heads, 8) for heads in (6, 3, 3))
     out = block_sparse_attention(q, k, v, EVERY_BLOCK, block_size=4).out
-    seen = LayerSeen(q, q, q, k, v, out, 8**-0.5, None, None, None)
+    seen = LayerSeen(q, q, q, k, v, out, 8**-0.5, None, None)
     elsewhere = [2, 0, 1]
     shared = Shared(k[:, :, elsewhere], v[:, :, elsewhere], EVERY_BLOCK)
     fit = PairFit(3, 8)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hysparse_cli.model.gates import GATES
 from hysparse_cli.start.gates import Products, best_gates, fit_gates, fit_of, products_of
 
 
@@ -53,7 +54,7 @@ def test_gates_that_are_linear_in_the_input_are_found() -> None:
     gates = (x @ weight.T + 0.3).sigmoid().view(-1, 3, 2)
     dense = gates[..., :1] * sparse[0] + gates[..., 1:] * window[0]
     p = products_of(sparse, window, dense[None])
-    fitted = fit_gates(x, p)
+    fitted = fit_gates(x, p, GATES["sigmoid"])
     assert torch.allclose(fitted.weight, weight, atol=2e-2)
     fit = fit_of(x, p, p, fitted)
     assert fit.best < 1e-6 and fit.fitted < 1e-4 < fit.half
@@ -66,7 +67,7 @@ def test_more_inputs_than_tokens_do_not_overfit() -> None:
     dense = 0.2 * sparse + 0.9 * window + 0.1 * torch.randn(sparse.shape)
     p = products_of(sparse, window, dense)
     x = torch.randn(64, 256)
-    gates = fit_gates(x, p)
+    gates = fit_gates(x, p, GATES["sigmoid"])
     unseen = gates.of(torch.randn(64, 256))
     plain = gates._replace(weight=torch.zeros_like(gates.weight)).of(x)
     assert p.error(unseen).sum() < 1.5 * p.error(plain).sum()

@@ -10,9 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hysparse_cli.errors import InvalidRecipe, UnsupportedModel
-from hysparse_cli.recipe.evaluate import FORMS, Form
 from hysparse_cli.texts.documents import read_documents
-from hysparse_cli.texts.facts import Task, write_context
+from hysparse_cli.texts.facts import FORMS, Task, write_context
 from hysparse_cli.texts.words import WORDS
 
 FILLERS = {
@@ -73,7 +72,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("filler", FILLERS)
 @pytest.mark.parametrize("tokens", [1201, 2048])
 def test_lengths_are_exact_and_answers_repeat_what_was_planted(
-    tokenizer: Any, form: Form, filler: str, tokens: int
+    tokenizer: Any, form: str, filler: str, tokens: int
 ) -> None:
     task = Task(form, tokens, facts=5, questions=3)
     for index in range(2):
@@ -90,7 +89,7 @@ def test_lengths_are_exact_and_answers_repeat_what_was_planted(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_everything_follows_from_the_seed(tokenizer: Any, form: Form) -> None:
+def test_everything_follows_from_the_seed(tokenizer: Any, form: str) -> None:
     task = Task(form, 1024, facts=3, questions=2)
     first = write_context(task, 0, tokenizer)
     assert write_context(task, 0, tokenizer) == first
@@ -110,7 +109,7 @@ def test_recall_asks_for_pairs_that_were_mentioned_long_before(tokenizer: Any) -
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_length_that_does_not_hold_the_facts_is_refused(tokenizer: Any, form: Form) -> None:
+def test_a_length_that_does_not_hold_the_facts_is_refused(tokenizer: Any, form: str) -> None:
     with pytest.raises(InvalidRecipe, match=f"retrieval_tokens 40 is too short for the {form}"):
         write_context(Task(form, 40), 0, tokenizer)
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 import hysparse_kernels as ops
 from hysparse_kernels import KeyRange, backends, causal, reference
-from hysparse_kernels.triton.ops import branches, full
-from hysparse_kernels.triton.ops import layer as whole_layer
 from tests.kernels.tolerance import (
     assert_within_tolerance,
     plain_attention,
@@ -145,30 +143,34 @@ def test_full_attention_its_selection_and_its_gradients(where: str) -> None:
         assert_within_tolerance(a, b, c, gradient=name != "out", name=name)
 
 
-def test_torch_library_finds_nothing_wrong(where: str) -> None:
+@pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
+def test_torch_library_finds_nothing_wrong(where: str, strided: bool) -> None:
     layer = Layer(where, 5, batch=1)
-    q, k, v = (x.requires_grad_() for x in (layer.q, layer.k, layer.v))
-    last = causal(5, 5, q.device).last
-    scale, seen = D**-0.5, (None, last, None, 0)
-    served = full.full_attention(q, k, v, *seen, None, scale, None, BLOCK, TOP, False)
-    block_idx = served[2]
-    own, layer_options = (layer.own_k, layer.own_v), (BLOCK, WINDOW, scale, None, True)
+    q, k, v, own_k, own_v = (
+        (x.transpose(1, 2).contiguous().transpose(1, 2) if strided else x).requires_grad_()
+        for x in (layer.q, layer.k, layer.v, layer.own_k, layer.own_v)
+    )
+    scale, seen = D**-0.5, (None, causal(5, 5, q.device).last, None, 0)
+    op = torch.ops.hysparse
+    full = (scale, None, None, BLOCK, TOP, True)
+    block_idx = op.full_attention(q, k, v, *seen, *full)[2]
     sinks = layer.sinks.requires_grad_()
+    own = (own_k, own_v, layer.gate_logits)
     calls: tuple[tuple[Any, tuple[Any, ...]], ...] = (
-        (full.full_attention, (q, k, v, *seen, None, scale, None, BLOCK, TOP, True)),
+        (op.full_attention, (q, k, v, *seen, *full)),
         (
-            branches.block_sparse_attention,
-            (q, k, v, block_idx, *seen, None, BLOCK, scale, None),
+            op.block_sparse_attention,
+            (q, k, v, block_idx, *seen, BLOCK, scale, sinks[:, 0].contiguous(), None),
         ),
-        (branches.sliding_window_attention, (q, *own, *seen, None, WINDOW, scale, None)),
-        (branches.gated_sum, (q, q.clone(), layer.gate_logits)),
+        (op.sliding_window_attention, (q, own_k, own_v, *seen, WINDOW, scale, None, None)),
+        (op.gated_sum, (q, q.clone(), layer.gate_logits)),
         (
-            whole_layer.sparse_layer_attention,
-            (*(q, k, v, block_idx, *own, layer.gate_logits, sinks), *seen, *seen, *layer_options),
+            op.sparse_layer_attention,
+            (*(q, k, v, block_idx, *own), *seen, *seen, *(BLOCK, WINDOW, scale, sinks, None, True)),
         ),
     )
     for op, arguments in calls:
-        torch.library.opcheck(op, arguments, test_utils=CHECKS)
+        torch.library.opcheck(op.default, arguments, test_utils=CHECKS)
 
 
 def test_a_length_that_changes_compiles_nothing_again(where: str) -> None:

@@ -41,7 +41,7 @@ def full_backward(
     """
     if not (q.numel() and k.numel()):
         no_sinks = None if sinks is None else torch.zeros_like(sinks)
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), no_sinks
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), no_sinks
     d_out = d_out.contiguous()
     q, k, v = (last_contiguous(x) for x in (q, k, v))
     if plain_causal and _cudnn_takes(q, v, softcap):

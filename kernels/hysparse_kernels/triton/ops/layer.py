@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.triton.arguments import finite, shown
-from hysparse_kernels.triton.ops.results import attention_shapes, given, present
+from hysparse_kernels.triton.ops.registration import attention_shapes, register
 from hysparse_kernels.triton.sparse.backward import sparse_backward
 from hysparse_kernels.triton.sparse.decode import sparse_decode
 from hysparse_kernels.triton.sparse.forward import sparse_forward
@@ -21,96 +20,86 @@ from hysparse_kernels.triton.window import gates
 from hysparse_kernels.triton.window.backward import window_backward
 from hysparse_kernels.triton.window.forward import window_forward
 
+DIFFERENTIABLE = ("q", "k", "v", "window_k", "window_v", "gate_logits", "sinks")
 
-@custom_op("hysparse::sparse_layer_attention", mutates_args=())
-def sparse_layer_attention(
+
+def sparse_layer_attention(**arguments: Any) -> Tensor:
+    tensors = (arguments[name] for name in DIFFERENTIABLE)
+    with_branches = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in tensors
+    )
+    out: Tensor = _sparse_layer_attention(with_branches=with_branches, **arguments)[0]
+    return out
+
+
+def _forward(
     q: Tensor,
-    shared_k: Tensor,
-    shared_v: Tensor,
+    k: Tensor,
+    v: Tensor,
     block_idx: Tensor,
     window_k: Tensor,
     window_v: Tensor,
     gate_logits: Tensor,
-    sinks: Tensor | None,
-    first: Tensor | None,
-    last: Tensor,
-    mask: Tensor | None,
-    diagonal: int | None,
-    window_first: Tensor | None,
-    window_last: Tensor,
-    window_mask: Tensor | None,
-    window_diagonal: int | None,
+    key_range: KeyRange,
+    window_range: KeyRange,
+    *,
     block_size: int,
     window_tokens: int,
     scale: float,
+    sinks: Tensor | None,
     softcap: float | None,
     with_branches: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """out; and where ``with_branches`` each one's out and lse, for the backward."""
-    seen = KeyRange(first, last, mask, diagonal)
-    window_seen = KeyRange(window_first, window_last, window_mask, window_diagonal)
-    if not with_branches and q.shape[1] * q.shape[2] // shared_k.shape[2] <= DECODE_ROWS:
-        out = sparse_decode(
-            q,
-            shared_k,
-            shared_v,
-            block_idx,
-            window_k,
-            window_v,
-            gate_logits,
-            seen,
-            window_seen,
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    if not with_branches and q.shape[1] * q.shape[2] // k.shape[2] <= DECODE_ROWS:
+        decoded = sparse_decode(
+            *(q, k, v, block_idx, window_k, window_v, gate_logits, key_range, window_range),
             block_size=block_size,
             window_tokens=window_tokens,
-            scale=scale,
             sinks=sinks,
-            softcap=softcap,
+            **options,
         )
-        return out, *(q.new_empty(0) for _ in range(4))  # type: ignore[return-value]
-    of_sparse, of_window = (None, None) if sinks is None else sinks.t().contiguous().unbind(0)
-    sparse = sparse_forward(
+        return decoded, None, None, None, None
+    of_sparse, of_window = _by_branch(sinks)
+    o_sparse, sparse_lse = sparse_forward(
         q,
-        *shown(shared_k, shared_v, seen),
+        *shown(k, v, key_range),
         block_idx,
-        seen,
+        key_range,
         block_size=block_size,
-        scale=scale,
         sinks=of_sparse,
-        softcap=softcap,
+        **options,
     )
-    o_window, window_lse, gated = window_forward(
+    o_window, window_lse, out = window_forward(
         q,
         window_k,
         window_v,
-        window_seen,
+        window_range,
         window_tokens=window_tokens,
-        scale=scale,
         sinks=of_window,
-        softcap=softcap,
-        o_sparse=sparse.out,
+        o_sparse=o_sparse,
         gate_logits=gate_logits,
         keep_out=with_branches,
+        **options,
     )
-    assert gated is not None
     if not with_branches:
-        return gated, *(q.new_empty(0) for _ in range(4))  # type: ignore[return-value]
-    return gated, sparse.out, sparse.lse, given(o_window, q), window_lse
+        return out, None, None, None, None
+    return out, o_sparse, sparse_lse, o_window, window_lse
 
 
-@sparse_layer_attention.register_fake
-def _(q: Tensor, shared_k: Tensor, shared_v: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    out, lse = attention_shapes(q, shared_v)
-    if not options[-1]:
-        return out, *(q.new_empty(0) for _ in range(4))
+def _shapes(q: Tensor, v: Tensor, *, with_branches: bool, **_: Any) -> tuple[Tensor | None, ...]:
+    out, lse = attention_shapes(q, v)
+    if not with_branches:
+        return out, None, None, None, None
     return out, torch.empty_like(out), lse, torch.empty_like(out), torch.empty_like(lse)
 
 
-@custom_op("hysparse::sparse_layer_attention_backward", mutates_args=())
-def sparse_layer_attention_backward(
+def _backward(
     d_out: Tensor,
     q: Tensor,
-    shared_k: Tensor,
-    shared_v: Tensor,
+    k: Tensor,
+    v: Tensor,
     block_idx: Tensor,
     window_k: Tensor,
     window_v: Tensor,
@@ -119,100 +108,67 @@ def sparse_layer_attention_backward(
     sparse_lse: Tensor,
     o_window: Tensor,
     window_lse: Tensor,
-    sinks: Tensor | None,
-    first: Tensor | None,
-    last: Tensor,
-    mask: Tensor | None,
-    diagonal: int | None,
-    window_first: Tensor | None,
-    window_last: Tensor,
-    window_mask: Tensor | None,
-    window_diagonal: int | None,
+    key_range: KeyRange,
+    window_range: KeyRange,
+    *,
     block_size: int,
     window_tokens: int,
     scale: float,
+    sinks: Tensor | None,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, shared_k, shared_v, window_k, window_v, gate_logits and sinks."""
+) -> tuple[Tensor | None, ...]:
     d_gate_logits, (sparse_gate, window_gate), sparse_delta, window_delta = gates.gates_backward(
         d_out, o_sparse, o_window, gate_logits
     )
-    of_sparse, of_window = (None, None) if sinks is None else sinks.t().contiguous().unbind(0)
-    seen = KeyRange(first, last, mask, diagonal)
-    window_seen = KeyRange(window_first, window_last, window_mask, window_diagonal)
-    q = finite(q, window_seen if first is None and mask is None else seen)
-    dq, d_shared_k, d_shared_v, d_of_sparse = sparse_backward(
+    of_sparse, of_window = _by_branch(sinks)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    hides = key_range.first is not None or key_range.mask is not None
+    q = finite(q, key_range if hides else window_range)
+    dq, dk, dv, d_of_sparse = sparse_backward(
         d_out,
         q,
-        *shown(shared_k, shared_v, seen),
+        *shown(k, v, key_range),
         block_idx,
         sparse_lse,
         sparse_delta,
-        seen,
+        key_range,
         block_size=block_size,
-        scale=scale,
         sinks=of_sparse,
-        softcap=softcap,
         gate=sparse_gate,
+        **options,
     )
     dq, d_window_k, d_window_v, d_of_window = window_backward(
         d_out,
         q,
-        *shown(window_k, window_v, window_seen),
+        *shown(window_k, window_v, window_range),
         window_lse,
         window_delta,
-        window_seen,
+        window_range,
         window_tokens=window_tokens,
-        scale=scale,
         sinks=of_window,
-        softcap=softcap,
         gate=window_gate,
         dq_add=dq,
+        **options,
     )
-    dsinks = q.new_empty(0)
+    d_sinks = None
     if d_of_sparse is not None and d_of_window is not None:
-        dsinks = torch.stack([d_of_sparse, d_of_window], dim=1)
-    return dq, d_shared_k, d_shared_v, d_window_k, d_window_v, d_gate_logits, dsinks
+        d_sinks = torch.stack([d_of_sparse, d_of_window], dim=1)
+    return dq, dk, dv, d_window_k, d_window_v, d_gate_logits, d_sinks
 
 
-@sparse_layer_attention_backward.register_fake
-def _(
-    d_out: Tensor,
-    q: Tensor,
-    shared_k: Tensor,
-    shared_v: Tensor,
-    block_idx: Tensor,
-    window_k: Tensor,
-    window_v: Tensor,
-    gate_logits: Tensor,
-    o_sparse: Tensor,
-    sparse_lse: Tensor,
-    o_window: Tensor,
-    window_lse: Tensor,
-    sinks: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    like = (q, shared_k, shared_v, window_k, window_v, gate_logits)
-    dsinks = None if sinks is None else torch.empty_like(sinks)
-    return *(x.new_empty(x.shape) for x in like), given(dsinks, q)
+def _by_branch(sinks: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Sinks (H, 2) as (H,) of each branch, contiguous."""
+    if sinks is None:
+        return None, None
+    of_sparse, of_window = sinks.t().contiguous().unbind(0)
+    return of_sparse, of_window
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, sinks, seen, window_seen = inputs[:7], inputs[7], inputs[8:12], inputs[12:16]
-    *ctx.options, _ = inputs[16:]
-    ctx.diagonals = seen[3], window_seen[3]
-    ctx.save_for_backward(*tensors, *output[1:], sinks, *seen[:3], *window_seen[:3])
-
-
-def _gradients(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    tensors, sinks, seen, window_seen = saved[:11], saved[11], saved[12:15], saved[15:18]
-    ranges = *seen, ctx.diagonals[0], *window_seen, ctx.diagonals[1]
-    dq, d_shared_k, d_shared_v, d_window_k, d_window_v, d_gate_logits, dsinks = (
-        sparse_layer_attention_backward(d_out, *tensors, sinks, *ranges, *ctx.options)
-    )
-    by_tensor = dq, d_shared_k, d_shared_v, None, d_window_k, d_window_v, d_gate_logits
-    return *by_tensor, present(dsinks, sinks), *(None,) * 13
-
-
-sparse_layer_attention.register_autograd(_gradients, setup_context=_keep)
+_sparse_layer_attention = register(
+    "sparse_layer_attention",
+    _forward,
+    _backward,
+    shapes=_shapes,
+    results=("out", "o_sparse", "sparse_lse", "o_window", "window_lse"),
+    gradients=DIFFERENTIABLE,
+)

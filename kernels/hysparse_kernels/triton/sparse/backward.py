@@ -53,7 +53,7 @@ def sparse_backward(
         weights = torch.exp(sinks.float() - lse.masked_fill(lse.isneginf(), torch.inf))
         d_sinks = -(weights * delta).sum((0, 1))
     if not q.numel() or not k.numel() or not block_idx.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), d_sinks
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), d_sinks
     padded_d, padded_dv = triton.next_power_of_2(D), triton.next_power_of_2(Dv)
     keys, _, _ = configuration(q.dtype, block_size, padded_d + padded_dv)
     tiles = query_tiles(

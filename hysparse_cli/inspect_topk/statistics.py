@@ -1,4 +1,7 @@
-"""How well a selection fits a layer that reads it, against its own best and against chance."""
+"""Adds up, slab by slab, how well selected blocks serve the layers that read them.
+
+Only queries that choose count: those that see more blocks than are kept.
+"""
 
 from dataclasses import dataclass
 
@@ -45,15 +48,13 @@ class FitSums:
 
     def add(self, shares: BlockShares, given: Tensor, own: Tensor) -> None:
         """Args: given, own: (t, G, K), the blocks selected for the layer and its own top ones."""
-        queries = torch.arange(shares.begin, shares.end, device=given.device)
-        chooses = queries >= self.sizes.first_choice
-        if self.of is not None:
-            chooses &= self.of[shares.begin : shares.end]
-        if not bool(chooses.any()):
+        queries = _that_choose(shares, self.sizes, self.of)
+        if not len(queries):
             return
-        self.queries += int(chooses.sum())
-        queries, given, own = queries[chooses], given[chooses], own[chooses]
-        mass, window = shares.mass[chooses], shares.window[chooses]
+        self.queries += len(queries)
+        here = queries - shares.begin
+        given, own = given[here], own[here]
+        mass, window = shares.mass[here], shares.window[here]
         even = even_blocks(queries, self.sizes)[:, None].expand_as(given)
         chance = self.sizes.top_k_blocks / (queries // self.sizes.block_size + 1)
         chance_TG = chance[:, None].expand(given.shape[:2])
@@ -82,6 +83,51 @@ class FitSums:
         recall, random, even = by_head.mean(0).tolist()
         masses = (torch.stack(self.masses).sum(0) / self.queries).tolist()
         return Fit(self.queries, recall, by_head[:, 0].tolist(), random, even, *masses)
+
+
+class OverlapSums:
+    """Adds up, layer by layer, the mass of b's attention on the blocks that each a < b selects.
+
+    This is what the strategy ``dp`` goes by. Over ``of`` the queries that choose, (T,) bool, or
+    over all that do.
+    """
+
+    def __init__(self, num_layers: int, sizes: Sizes, of: Tensor | None = None):
+        self.sizes, self.of = sizes, of
+        self.mass = torch.zeros(num_layers, num_layers, dtype=torch.float64)
+
+    def add(self, layer: int, shares: BlockShares, own: Tensor, before: list[Tensor]) -> None:
+        """Add a slab of queries.
+
+        Args:
+            own: (t, G, K), the layer's own top blocks. before: (T, G, K), of each layer before it.
+        """
+        queries = _that_choose(shares, self.sizes, self.of)
+        if not len(queries):
+            return
+        here = queries - shares.begin
+        mass = shares.mass[here]
+        selections = [*(selection[queries] for selection in before), own[here]]
+        sums = torch.stack([on_blocks(mass, s).double().mean(1).sum() for s in selections])
+        self.mass[: layer + 1, layer] += sums.cpu()
+
+    def similarity(self) -> list[list[float]] | None:
+        """[a][b], as ``placement.overlap.Overlap.similarity``, over all queries that choose.
+
+        1 on the diagonal, 0 below it; None where no query chooses.
+        """
+        own = self.mass.diagonal()
+        if not bool((own > 0).all()):
+            return None
+        ratios: list[list[float]] = (self.mass / own).tolist()
+        return ratios
+
+
+def _that_choose(shares: BlockShares, sizes: Sizes, of: Tensor | None) -> Tensor:
+    """Positions of the slab's queries that choose, of those in ``of`` (T,) bool where given."""
+    queries = torch.arange(shares.begin, shares.end, device=shares.mass.device)
+    queries = queries[queries >= sizes.first_choice]
+    return queries if of is None else queries[of[queries]]
 
 
 def _recall(own: Tensor, given: Tensor) -> Tensor:

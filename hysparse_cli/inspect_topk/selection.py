@@ -1,13 +1,17 @@
-"""How a layer's selection moves: what the next tokens keep of it, and how far back it reaches."""
+"""Describes a layer's selection: pictures of it, what the next tokens keep, how far it reaches."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hysparse_cli.inspect_topk.blocks import Sizes
+from hysparse_cli.inspect_topk.blocks import Sizes, num_blocks
 
+ROWS, COLUMNS = 48, 96
+SLAB_QUERIES = 1024
 LAGS = (1, 4, 16, 64, 256)
+
+Map = list[list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,45 @@ class Movement:
     kept_random: list[float | None]
     distances: list[float]
     distances_random: list[float]
+
+
+def selection_maps(selection: Tensor, block_size: int) -> list[Map]:
+    """One map for each KV head: [row][column], the part of (query, visible block) pairs selected.
+
+    Rows cut the queries into equal parts, columns the blocks; None where no query of the row sees a
+    block of the column.
+
+    Args:
+        selection: (T, G, K) block indices, -1 pads.
+    """
+    T, G, _ = selection.shape
+    visible = visible_pairs(T, block_size)
+    rows, columns = visible.shape
+    N = num_blocks(T, block_size)
+    selected = torch.zeros(G, rows, columns + 1)
+    column_of = torch.arange(N) * columns // N
+    for begin in range(0, T, SLAB_QUERIES):
+        idx = selection[begin : begin + SLAB_QUERIES].long().cpu()
+        row_of = torch.arange(begin, begin + len(idx)) * rows // T
+        column = torch.where(idx < 0, columns, column_of[idx.clamp(min=0)])  # [t, G, K]
+        cell = (row_of[:, None, None] * (columns + 1) + column).transpose(0, 1).flatten(1)
+        for head in range(G):
+            counts = cell[head].bincount(minlength=rows * (columns + 1))
+            selected[head] += counts.view(rows, columns + 1)
+    return [_optional(head[:, :columns] / visible) for head in selected]
+
+
+def visible_pairs(tokens: int, block_size: int) -> Tensor:
+    """(rows, columns): how many pairs of a query and a block it sees are in each cell of a map."""
+    N = num_blocks(tokens, block_size)
+    rows, columns = min(ROWS, N), min(COLUMNS, N)
+    queries = torch.arange(tokens)
+    row_of, sees = queries * rows // tokens, queries // block_size + 1
+    before = torch.arange(N) * columns // N
+    first = torch.searchsorted(before, torch.arange(columns))  # each column's first block
+    width = before.bincount(minlength=columns)
+    per_column = (sees[:, None] - first).clamp(min=0).minimum(width).float()
+    return torch.zeros(rows, columns).index_add_(0, row_of, per_column)
 
 
 def movements(selection: Tensor, sizes: Sizes) -> list[Movement] | None:
@@ -76,3 +119,8 @@ def _histogram(bins_TGK: Tensor, bins: int) -> list[list[float]]:
     counts = torch.stack([head.bincount(minlength=bins) for head in by_head]).float()
     shares: list[list[float]] = (counts / counts.sum(1, keepdim=True)).tolist()
     return shares
+
+
+def _optional(shares: Tensor) -> Map:
+    """A 0 / 0 as None."""
+    return [[None if cell != cell else cell for cell in row] for row in shares.tolist()]

@@ -1,6 +1,7 @@
-"""How many of the answers a model gives rightly."""
+"""Asks questions about a context, and counts the answers that a model gives rightly."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,29 @@ from hysparse_cli.evaluate.statistics import Sample
 from hysparse_cli.model.logits import hidden_states, logits_of
 from hysparse_cli.texts.facts import Context
 from hysparse_cli.texts.ruler import Prompt
+
+Question = Context | Prompt
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How many of the questions of one form and length were answered rightly, by context."""
+
+    form: str
+    tokens: int
+    sample: Sample
+
+    @property
+    def accuracy(self) -> float:
+        return self.sample.mean
+
+
+def count_right(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Sample:
+    """How many answers of ``questions``, all of one task, ``model`` gives rightly, by question."""
+    contexts = [question for question in questions if isinstance(question, Context)]
+    if contexts:
+        return count_correct(model, contexts)
+    return count_found(model, tokenizer, [q for q in questions if isinstance(q, Prompt)])
 
 
 @torch.no_grad()
