@@ -24,11 +24,15 @@ def bench(
         Path | None,
         typer.Option(
             help="A folder for JSON, CSV and plots; a sweep goes on where it stopped.",
+            metavar="<path>",
             parser=given_path,
         ),
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", help="What goes to stdout: table, json, csv or md.")
+        str,
+        typer.Option(
+            "--format", help="What goes to stdout: table, json, csv or md.", metavar="<name>"
+        ),
     ] = "table",
     as_json: AsJson = False,
 ) -> None:

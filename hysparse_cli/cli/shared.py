@@ -47,10 +47,11 @@ Checkpoint = Annotated[
 ]
 Out = Annotated[Path, typer.Argument(help="The folder to write.", parser=given_path)]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML recipe.", parser=given_path)
+    Path | None, typer.Option("--recipe", help="YAML recipe.", metavar="<path>", parser=given_path)
 ]
 Assignments = Annotated[
-    list[str] | None, typer.Option("--set", help="Any recipe field: section.field=value.")
+    list[str] | None,
+    typer.Option("--set", help="Any recipe field: section.field=value.", metavar="<field=value>"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 

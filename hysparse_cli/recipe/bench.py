@@ -47,7 +47,7 @@ class BenchOptions(Section):
             "random weights."
         ),
     ] = None
-    random_weights: Annotated[bool, Flag("Of a checkpoint, use its config alone.")] = False
+    random_weights: Annotated[bool, Flag("Of a checkpoint, use only its config.")] = False
     ratio: Annotated[Ratio | None, Flag("Full to sparse layers of a dense model.", "1:3")] = None
     pattern: Annotated[str | None, Flag("One letter a layer: FSSSF...")] = None
     last_layer_full: Annotated[bool, Flag("With --ratio: the last layer.", "full")] = True

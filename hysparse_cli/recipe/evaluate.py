@@ -80,7 +80,8 @@ class EvalOptions(Section):
     ] = None
     lm_eval_limit: Annotated[Positive | None, Help("Questions of each task.", "all")] = None
     require: Annotated[
-        Repeated[str], Flag("Exit with 6 unless it holds: loss<=dense+0.01, retrieval@8k>=0.9.")
+        Repeated[str],
+        Flag("Exit with 6 unless it holds: loss<=dense+0.01, retrieval@8k>=0.9; may repeat."),
     ] = []
     output: Annotated[FilePath | None, Flag("Keep what is finished here, and go on from it.")] = (
         None

@@ -147,7 +147,7 @@ def test_scores_of_another_model_or_of_other_options_are_refused(
         (("--fit", "1GiB", "--ratio", "1:3"), "ratio and fit both place"),
         (("--batch", "8"), "give fit"),
         (("--fit", "much"), "not a size such as"),
-        (("--fit", "1GiB", "--context", "1k,2k"), "is not one length"),
+        (("--fit", "1GiB", "--context", "1k,2k"), "not one length"),
         (("--fit", "1GiB", "--no-last-layer-full"), "neither with layout full nor with"),
         (("--fit", "1KB"), "only 2 of 4 layers full"),
         (("--strategy", "dp", "--scores", "nowhere/file.json"), "there is no folder nowhere"),

@@ -20,6 +20,8 @@ from hysparse_cli.recipe import (
 )
 from hysparse_cli.recipe.finetune import StageOptions
 
+RECIPES = Path(__file__).parents[2] / "recipes"
+
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
@@ -182,6 +184,12 @@ def test_steps_too_few_for_the_stages_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InvalidRecipe, match="steps 3 are too few for 2 stages"):
         load_section(FinetuneOptions, path, flags={"steps": 3})
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_ready_recipes_are_read(path: Path) -> None:
+    for kind in (ConvertOptions, FinetuneOptions):
+        assert load_section(kind, path)
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
