@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SANITIZER := compute-sanitizer --error-exitcode 1
 
-.PHONY: demo test test-long test-gpu sanitize lint bench clean
+.PHONY: demo test test-long test-gpu sanitize lint bench bench-kernels clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -39,6 +39,9 @@ lint: $(READY)
 bench: $(READY) ## memory, prefill and decode of the demo model and its peers, on whatever device there is
 	$(BIN)/hysparse convert examples/demo-model demo-out/bench --recipe recipes/demo.yaml --overwrite
 	$(BIN)/hysparse bench demo-out/bench --context 512,1024
+
+bench-kernels: $(READY) ## the attention ops beside other people's on a GPU: make bench-kernels ARGS="--ops full --context 8k"
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf .venv demo-out .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache

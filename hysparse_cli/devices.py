@@ -1,5 +1,6 @@
 """What the machine under a measurement is, and what it says when its memory is full."""
 
+import gc
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,13 @@ def out_of_memory_is(line: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfResources(line) from error
+
+
+def free_memory(device: torch.device) -> None:
+    """Give the memory that no tensor holds any more back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def describe(device: torch.device) -> dict[str, str | int]:

@@ -31,16 +31,18 @@ def project_files() -> list[Path]:
     return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
 
 
-def readme_commands() -> list[list[str]]:
-    """Every ``hysparse ...`` line of the README's code blocks, continuation lines joined."""
-    blocks = re.findall(r"```(?:bash|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def documented_commands() -> list[list[str]]:
+    """Every ``hysparse ...`` line of the code blocks that users read, continuation lines joined."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs" / "commands").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    blocks = re.findall(r"```(?:bash|console)\n(.*?)```", text, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
     return [line for line in words if line and line[0] == "hysparse"]
 
 
 def documents() -> list[Path]:
-    return [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    return [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 
 def dead_links(document: Path) -> list[str]:
@@ -76,7 +78,8 @@ def test_no_file_names_a_path_of_one_machine() -> None:
 
 
 def test_only_the_command_line_prints_or_exits_and_progress_goes_to_stderr() -> None:
-    code = [p for folder in ("hysparse_cli", "kernels") for p in (ROOT / folder).rglob("*.py")]
+    shipped = ("hysparse_cli", "kernels/hysparse_kernels")
+    code = [p for folder in shipped for p in (ROOT / folder).rglob("*.py")]
     found = [
         (p.relative_to(ROOT), hit) for p in code for hit in PRINT_OR_EXIT.findall(p.read_text())
     ]
@@ -115,15 +118,14 @@ def test_numbered_examples_are_short() -> None:
     assert {s.name: n for s in scripts if (n := len(s.read_text().splitlines())) > 60} == {}
 
 
-def test_the_readme_shows_the_main_commands() -> None:
-    shown = {command[1] for command in readme_commands()}
-    assert {"convert", "finetune", "eval", "bench", "inspect-topk", "generate"} <= shown
+def test_the_documents_show_every_command() -> None:
+    shown = {command[1] for command in documented_commands()}
+    assert shown == set(get_command(app).commands)  # type: ignore[attr-defined]
 
 
-def test_the_readme_names_the_families_that_run_and_those_refused() -> None:
-    (row,) = re.findall(
-        r"\| run \| refused \|\n\|.*\|\n\| (.*) \|", (ROOT / "README.md").read_text()
-    )
+def test_the_documents_name_the_families_that_run_and_those_refused() -> None:
+    page = (ROOT / "docs" / "families.md").read_text()
+    (row,) = re.findall(r"\| run \| refused \|\n\|.*\|\n\| (.*) \|", page)
     runs, refused = (cell.split(", ") for cell in row.split(" | "))
     assert runs == sorted(FAMILIES)
     # the text half of a multimodal family goes by the family's name
@@ -135,15 +137,15 @@ def test_every_link_within_the_house_leads_somewhere(document: Path) -> None:
     assert dead_links(document) == []
 
 
-@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
-def test_every_readme_command_parses(command: list[str]) -> None:
+@pytest.mark.parametrize("command", documented_commands(), ids=" ".join)
+def test_every_documented_command_parses(command: list[str]) -> None:
     name, *words = command[1:]
     result = CliRunner().invoke(app, [name, "--help"])
     assert result.exit_code == 0, result.output
     group = get_command(app)
     known = {
         option
-        for parameter in group.commands[name].params  # type: ignore[attr-defined]
+        for parameter in group.commands[name].made.params  # type: ignore[attr-defined]
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     assert [word for word in words if word.startswith("--") and word not in known] == []

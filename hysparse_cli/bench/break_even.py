@@ -1,4 +1,4 @@
-"""From which context on HySparse is faster than dense: short ones lose."""
+"""Finds the context from which on HySparse is faster than dense: short ones lose."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Decode: one token after another from a cache of random keys and values (TPOT).
+"""Measures decode: one token after another from a cache of random keys and values (TPOT).
 
 The cache is transformers' static one, full to its last slot; each step writes that slot, attends to
 all of it and starts over there, so that every step is the same one, at exactly ``context`` tokens.
@@ -92,7 +92,7 @@ class Decoding:
 def decode(
     model: Any, part: AttentionPart, context: int, batch: int, *, steps: int, seed: int
 ) -> dict[str, Any]:
-    """Milliseconds of each of ``steps`` steps, and of their attention calls alone; KV bytes held.
+    """Milliseconds of each of ``steps`` steps, and of their attention calls only; KV bytes held.
 
     The calls are those of one step, with its queries and the cache's keys and values, made again
     layer after layer. ``part``'s witness sees one more step at the end: no later one changes the

@@ -1,4 +1,4 @@
-"""What measurements must be read with: the machine, its clocks, the versions and the commit."""
+"""Reads what a measurement depends on: the machine, its clocks, the versions and the commit."""
 
 import json
 import os

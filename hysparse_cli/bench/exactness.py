@@ -1,7 +1,8 @@
 """Checks that the attention that is timed is right: its last queries against float64.
 
 Of each measurement the first full and the first sparse layer are held to the reference, on the
-queries, keys and lists that were timed. Gradients are not looked at: ``bench kernels`` does that.
+queries, keys and lists that were timed. Gradients are not looked at: ``make bench-kernels`` does
+that.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hysparse_cli.bench.kernels.check import scores_of, shortfall
+from hysparse_cli.bench.selection import scores_of, shortfall
 from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.state import ForwardState, Shared
 from hysparse_kernels import FullAttention, causal, full_attention

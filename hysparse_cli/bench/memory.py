@@ -1,13 +1,12 @@
-"""Memory: what weights and cache take, and how many sequences fit beside the weights."""
+"""Measures memory: what weights and cache take, and how many sequences fit beside the weights."""
 
-import gc
 from typing import Any
 
 import psutil
 import torch
 
 from hysparse_cli.bench.decode import Decoding, static_cache, static_kv_cache
-from hysparse_cli.devices import is_out_of_memory
+from hysparse_cli.devices import free_memory, is_out_of_memory
 from hysparse_cli.model.kv_cache import held_kv_bytes
 
 MOST_ON_CPU = 1 << 30  # bytes: a plan must not fill a laptop's memory
@@ -51,21 +50,15 @@ def confirm(model: Any, context: int, largest: int, seed: int) -> int:
                 raise
         else:
             return number
-        _free_memory(model.device)
+        free_memory(model.device)
     return 0
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
     """Bytes free and in all, on a GPU or of this machine."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        free_memory(device)
         free, total = torch.cuda.mem_get_info(device)
         return free, total
     machine = psutil.virtual_memory()
     return machine.available, machine.total
-
-
-def _free_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

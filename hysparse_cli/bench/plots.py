@@ -1,4 +1,4 @@
-"""PNG plots of a bench, drawn from its JSON: time, speed-up and memory against context."""
+"""Draws PNG plots from a bench's JSON: time, speed-up and memory against context."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Prefill: reading a prompt and choosing the first token (TTFT)."""
+"""Measures prefill: reading a prompt and choosing the first token (TTFT)."""
 
 from typing import Any, NamedTuple
 

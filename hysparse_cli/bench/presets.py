@@ -1,4 +1,4 @@
-"""The paper's two models by name, as config.json would have them: no download is needed to plan."""
+"""Holds the configs of the paper's two models by name: no download is needed to plan."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ LONGEST = 1 << 18  # tokens
 
 # "paper-7b" is the paper's dense model: its layers, heads and hidden size; width of the MLP and
 # vocabulary are ours, as the 7B models of that shape have them. "paper-80b-a3b" is the attention
-# stack alone of its mixture of experts: the MLP is as good as absent (16 wide) and the vocabulary
+# stack only of its mixture of experts: the MLP is as good as absent (16 wide) and the vocabulary
 # small, so that "whole model" there is attention with its projections and norms.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-7b": {

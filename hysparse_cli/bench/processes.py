@@ -1,4 +1,4 @@
-"""Who is next: each subject in a process of its own, all of them measured in turns."""
+"""Runs each subject in a process of its own, and asks them in turns."""
 
 import multiprocessing
 import signal

@@ -1,4 +1,4 @@
-"""What ``hysparse bench`` found: JSON, CSV, and tables for people in a terminal or in Markdown."""
+"""Holds what ``hysparse bench`` found, as JSON, CSV, Markdown and a table in the terminal."""
 
 import csv
 import io

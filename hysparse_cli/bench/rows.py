@@ -1,4 +1,4 @@
-"""A measurement: one subject at one cell, its samples, and what they come to."""
+"""Holds a measurement: one subject at one cell, its samples, and what they come to."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

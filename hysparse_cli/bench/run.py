@@ -1,4 +1,4 @@
-"""The sweep: every subject at every phase, context and batch, taking turns."""
+"""Runs the sweep: every subject at every phase, context and batch, taking turns."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -7,19 +7,46 @@ from pathlib import Path
 from typing import Any
 
 from hysparse_cli.bench.environment import clocks, environment
-from hysparse_cli.bench.journal import Kept
 from hysparse_cli.bench.processes import Worker, interruptible
 from hysparse_cli.bench.result import RECIPE, RESULT, WRITTEN_AFTER, Bench
 from hysparse_cli.bench.rows import Row, row_of
 from hysparse_cli.bench.subjects import subjects_of
 from hysparse_cli.bench.worker import Cell, Failed
 from hysparse_cli.errors import OutOfResources
+from hysparse_cli.files.journal import Journal, Line
 from hysparse_cli.files.output import keeping, write_whole
 from hysparse_cli.files.results import prepare_results
 from hysparse_cli.model.loading import resolve_device
 from hysparse_cli.recipe import BenchOptions, to_yaml
 
+ROWS = "rows.jsonl"
+
 Progress = Callable[[str, int, int], None]
+
+
+class Finished:
+    """What a sweep has measured so far, in ``ROWS`` of its output folder where it has one.
+
+    found: what else was measured, such as the ceilings. Raises: what ``Journal`` does.
+    """
+
+    def __init__(self, folder: Path | None, stamp: dict[str, Any]):
+        self.rows: list[Row] = []
+        self.found: dict[str, Any] = {}
+        self.journal = Journal(folder and folder / ROWS, "bench", self._take, stamp)
+
+    def add(self, rows: list[Row]) -> None:
+        """Keep all rows of a cell at once."""
+        self.rows += rows
+        self.journal.append({"rows": [asdict(row) for row in rows]})
+
+    def find(self, name: str, value: Any) -> None:
+        self.found[name] = value
+        self.journal.append({name: value})
+
+    def _take(self, line: Line) -> None:
+        self.rows += [Row(**row) for row in line.pop("rows", [])]
+        self.found |= line
 
 
 def bench(
@@ -36,37 +63,38 @@ def bench(
 
     Args:
         output: a folder for all results; the finished rows that it holds are not measured again.
-    Raises: what ``subjects_of`` and ``Kept`` do; UnreadableInput or UnsupportedModel where a
+    Raises: what ``subjects_of`` and ``Finished`` do; UnreadableInput or UnsupportedModel where a
         checkpoint can't be loaded; Interrupted where finished rows are kept in ``output``.
     """
     device = resolve_device(options.device)
     subjects = subjects_of(checkpoint, options, on_cuda=device.type == "cuda")
-    cells = cells_of(options)
-    found = environment(device)
+    machine = environment(device)
     stamp = {
         "options": options.model_dump(mode="json"),
         "subjects": [asdict(subject) for subject in subjects],
-        **found,
+        **machine,
     }
     if output is not None:
         prepare_results(output, RESULT, "hysparse.bench/", WRITTEN_AFTER)
-    kept = Kept(output, stamp)
-    done = {row.cell for row in kept.rows}
-    waiting = [cell for cell in cells if (cell.phase, cell.context, cell.batch) not in done]
-    if waiting or "ceilings" not in kept.found:
-        readings = [*kept.found.get("clocks", []), clocks(device)]
-        kept.find("clocks", readings)
-        with keeping(kept.path), interruptible(), ExitStack() as stack:
+    finished = Finished(output, stamp)
+    done = {row.cell for row in finished.rows}
+    waiting = [
+        cell for cell in cells_of(options) if (cell.phase, cell.context, cell.batch) not in done
+    ]
+    if waiting or "ceilings" not in finished.found:
+        readings = [*finished.found.get("clocks", []), clocks(device)]
+        finished.find("clocks", readings)
+        with keeping(finished.journal.path), interruptible(), ExitStack() as stack:
             workers = [stack.enter_context(Worker(s, options)) for s in subjects]
-            _measure(workers, waiting, options, kept, on_progress)
-        kept.find("clocks", [*readings, clocks(device)])
+            _measure(workers, waiting, options, finished, on_progress)
+        finished.find("clocks", [*readings, clocks(device)])
     result = Bench(
         checkpoint or str(options.config),
         options,
-        found | {"clocks": kept.found["clocks"]},
-        kept.found["ceilings"],
-        kept.found["subjects"],
-        kept.rows,
+        machine | {"clocks": finished.found["clocks"]},
+        finished.found["ceilings"],
+        finished.found["subjects"],
+        finished.rows,
     )
     if output is not None:
         result.write(output)
@@ -85,19 +113,23 @@ def cells_of(options: BenchOptions) -> list[Cell]:
 
 
 def _measure(
-    workers: list[Worker], cells: list[Cell], options: BenchOptions, kept: Kept, tell: Progress
+    workers: list[Worker],
+    cells: list[Cell],
+    options: BenchOptions,
+    finished: Finished,
+    tell: Progress,
 ) -> None:
     tell("starting", 0, 1)
     for worker in workers:
         worker.start()
-    if "subjects" not in kept.found:
-        kept.find("subjects", [_about(worker) for worker in workers])
-    if "ceilings" not in kept.found:
+    if "subjects" not in finished.found:
+        finished.find("subjects", [_about(worker) for worker in workers])
+    if "ceilings" not in finished.found:
         tell("ceilings", 0, 1)
         ceilings = workers[0].ask("ceilings")
         if isinstance(ceilings, Failed):
             raise OutOfResources(f"can't time a large copy and matrix product: {ceilings.reason}")
-        kept.find("ceilings", ceilings)
+        finished.find("ceilings", ceilings)
     turns = [1 if c.phase == "memory" else options.warmup + options.repeat for c in cells]
     total, done = len(workers) * sum(turns), 0
     for cell, number in zip(cells, turns, strict=True):
@@ -107,7 +139,7 @@ def _measure(
                 tell(f"{cell}: {worker.subject.name}", done, total)
                 _take_turn(worker, cell, row, measured=turn >= number - options.repeat)
                 done += 1
-        kept.add(rows)
+        finished.add(rows)
 
 
 def _take_turn(worker: Worker, cell: Cell, row: Row, *, measured: bool) -> None:

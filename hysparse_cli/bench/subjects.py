@@ -1,4 +1,4 @@
-"""What is compared: the model at hand, and its peers of the same shape, dense and hybrid SWA."""
+"""Chooses what is compared: a model, and its peers of the same shape, dense and hybrid SWA."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

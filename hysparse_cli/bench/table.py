@@ -1,4 +1,4 @@
-"""How a row reads in a table, and what is said below it."""
+"""Writes a row as cells of a table, and the notes below the table."""
 
 from typing import TYPE_CHECKING, Any
 

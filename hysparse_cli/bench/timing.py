@@ -1,12 +1,12 @@
-"""The time of a call as a user waits for it, and of spans along a device's queue."""
+"""Times calls: as a user waits for them, as spans along a device's queue, and their statistics."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 R = TypeVar("R")
@@ -20,14 +20,11 @@ class Timing:
 
     @property
     def median(self) -> float:
-        return statistics.median(self.samples_ms)
+        return self.percentile(50)
 
     def percentile(self, rank: int) -> float:
-        """``rank`` from 0 to 100; between two samples in proportion, so that 50 is the median."""
-        ordered = sorted(self.samples_ms)
-        place, part = divmod(rank / 100 * (len(ordered) - 1), 1)
-        low, high = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
-        return low + part * (high - low)
+        """``rank`` from 0 to 100; between two samples in proportion."""
+        return float(np.percentile(self.samples_ms, rank))
 
     def __str__(self) -> str:
         if len(self.samples_ms) == 1:
@@ -39,8 +36,8 @@ class Timing:
         """Named as in vLLM's benches, such as ``median_ttft_ms``."""
         return {
             f"median_{metric}_ms": self.median,
-            f"mean_{metric}_ms": statistics.fmean(self.samples_ms),
-            f"std_{metric}_ms": statistics.pstdev(self.samples_ms),
+            f"mean_{metric}_ms": float(np.mean(self.samples_ms)),
+            f"std_{metric}_ms": float(np.std(self.samples_ms)),
             f"p50_{metric}_ms": self.percentile(50),
             f"p90_{metric}_ms": self.percentile(90),
             f"p99_{metric}_ms": self.percentile(99),

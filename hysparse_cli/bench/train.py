@@ -1,4 +1,4 @@
-"""Train: one step of one batch, forward and backward, without an optimizer."""
+"""Measures training: one step of one batch, forward and backward, without an optimizer."""
 
 from typing import Any
 
@@ -43,6 +43,6 @@ def _step(model: Any, input_ids: Tensor) -> None:
 
 
 def _switch_checkpointing(model: Any, what: str, *options: Any) -> None:
-    """By transformers' method, which 5.17 has by its old name alone."""
+    """By transformers' method, which 5.17 has by its old name only."""
     new = getattr(model, f"activation_checkpointing_{what}", None)
     (new or getattr(model, f"gradient_checkpointing_{what}"))(*options)

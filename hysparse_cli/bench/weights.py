@@ -1,4 +1,4 @@
-"""A subject's model: its own weights or random ones, on the device only while it has its turn."""
+"""Makes a subject's model, of its own weights or random ones, on the device only in its turn."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a measurement must do at the least: floating-point operations, and bytes to be moved.
+"""Counts what a measurement must do at the least: floating-point operations, bytes to be moved.
 
 Counted for the algorithm that a subject runs, not for a dense one in its place: a sparse layer is
 held against its own few keys. Norms, rotations and softmax count nothing.
@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hysparse_cli.bench.kernels.work import BACKWARD_OVER_FORWARD
 from hysparse_cli.model.config import HysparseSpec, spec_of
 from hysparse_cli.model.kv_cache import kv_cache_of
 
-LINEAR_BACKWARD = 2  # matrix multiplications, to one of the forward
+# matrix multiplications of a backward, to one of the forward
+LINEAR_BACKWARD = 2
+ATTENTION_BACKWARD = 2.5  # five, to two
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Work:
         return 1e3 * max(self.flops / flops_per_second, self.moved / bytes_per_second)
 
 
-class Shape:
+class ModelSizes:
     """A model's sizes, as work is counted from them.
 
     Args:
@@ -49,7 +50,7 @@ class Shape:
         matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
         embeddings = model.get_input_embeddings().weight.numel()
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        # in the layers alone
+        # of the layers only
         self.matrices = matrices - embeddings - (0 if tied else self.head)
         self.experts = sum(experts)
         self.num_experts = next((p.shape[0] for p in model.parameters() if p.dim() == 3), 1)
@@ -64,7 +65,7 @@ class Shape:
 
     def prefill_attention(self, tokens: int, batch: int) -> Work:
         """Every layer's attention over whole sequences: q, k, v in, o out."""
-        pairs = sum(_pairs(tokens, limit) for layer in self.reach for limit in layer)
+        pairs = sum(causal_pairs(tokens, limit) for layer in self.reach for limit in layer)
         rows = len(self.reach) * 2 * tokens * (self.heads + self.kv_heads)
         return Work(
             4.0 * batch * self.heads * self.head_dim * pairs,
@@ -80,21 +81,27 @@ class Shape:
         )
 
 
-def work_of(shape: Shape, phase: str, context: int, batch: int) -> tuple[Work, Work]:
-    """The whole model's and the attention's alone.
+def work_of(sizes: ModelSizes, phase: str, context: int, batch: int) -> tuple[Work, Work]:
+    """The whole model's and its attention's.
 
     Gradients of matrices count twice their forward, of attention 2.5 times; what checkpointing
     computes again does not count.
     """
     if phase == "decode":
-        attention = shape.decode_attention(context, batch)
-        return shape.linear(batch, batch) + attention, attention
-    attention = shape.prefill_attention(context, batch)
-    linear = shape.linear(batch * context, batch)
+        attention = sizes.decode_attention(context, batch)
+        return sizes.linear(batch, batch) + attention, attention
+    attention = sizes.prefill_attention(context, batch)
+    linear = sizes.linear(batch * context, batch)
     if phase == "train":
-        attention = _times(attention, 1 + BACKWARD_OVER_FORWARD)
-        linear = _times(shape.linear(batch * context, batch * context), 1 + LINEAR_BACKWARD)
+        attention = _times(attention, 1 + ATTENTION_BACKWARD)
+        linear = _times(sizes.linear(batch * context, batch * context), 1 + LINEAR_BACKWARD)
     return linear + attention, attention
+
+
+def causal_pairs(tokens: int, limit: int | None = None) -> int:
+    """(query, key) pairs of causal attention where no query sees more than ``limit`` keys."""
+    full = _seen(tokens, limit)
+    return full * (full + 1) // 2 + (tokens - full) * full
 
 
 def _times(work: Work, factor: float) -> Work:
@@ -112,9 +119,3 @@ def _reach(
 
 def _seen(keys: int, limit: int | None) -> int:
     return keys if limit is None else min(keys, limit)
-
-
-def _pairs(tokens: int, limit: int | None) -> int:
-    """(query, key) pairs of causal attention where no query sees more than ``limit`` keys."""
-    full = _seen(tokens, limit)
-    return full * (full + 1) // 2 + (tokens - full) * full

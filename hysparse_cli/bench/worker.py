@@ -1,14 +1,17 @@
-"""One subject's process: it waits for its turn, measures one cell, and frees what it took."""
+"""Runs in one subject's process: waits for a turn, measures one cell, and frees what it took."""
 
 import gc
+import os
 import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -20,15 +23,15 @@ from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.bench.ceilings import measured_ceilings
 from hysparse_cli.bench.decode import decode
 from hysparse_cli.bench.exactness import AttentionCheck, wrong
-from hysparse_cli.bench.kernels.lists import local_lists, read_lists
-from hysparse_cli.bench.kernels.run import FAILURES
+from hysparse_cli.bench.failures import FAILURES, OUT_OF_MEMORY, reason_of
+from hysparse_cli.bench.lists import local_lists, read_lists
 from hysparse_cli.bench.memory import confirm, measure_memory
 from hysparse_cli.bench.prefill import measure_prefill
 from hysparse_cli.bench.subjects import Subject
 from hysparse_cli.bench.train import measure_train
 from hysparse_cli.bench.weights import Weights, config_of, torch_dtype
-from hysparse_cli.bench.work import Shape, work_of
-from hysparse_cli.devices import is_out_of_memory
+from hysparse_cli.bench.work import ModelSizes, work_of
+from hysparse_cli.devices import free_memory
 from hysparse_cli.errors import HysparseError, OutOfResources
 from hysparse_cli.model.attention import DENSE_NAME
 from hysparse_cli.model.kv_cache import kv_cache_of
@@ -38,8 +41,6 @@ from hysparse_cli.recipe.bench import Phase
 from hysparse_kernels.backends import Call, choose
 
 OPS = ("full_attention", "sparse_layer_attention", "sliding_window_attention")
-OUT_OF_MEMORY = "out of memory"
-REASON_LENGTH = 120
 QUICK_SECONDS = 20  # what takes longer than that is slowed by less than 1%
 
 
@@ -66,9 +67,11 @@ class Failed:
 def serve(connection: Connection, subject: Subject, options: BenchOptions) -> None:
     """Answer with what each cell gave, a dict or Failed, until the other side hangs up.
 
+    The process ends at once where the one that asks has gone, whatever is being measured.
     A HysparseError is sent as it is. After a failure that was no lack of memory the process ends:
     a GPU may be left in any state.
     """
+    Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees to it
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -108,9 +111,8 @@ class ReadySubject:
         except HysparseError as error:
             return error
         except FAILURES as error:
-            if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
-                return Failed(OUT_OF_MEMORY)
-            return Failed(_reason(error), ended=True)
+            reason = reason_of(error)
+            return Failed(reason, ended=reason != OUT_OF_MEMORY)
 
     def about(self) -> dict[str, Any]:
         """What the subject is, for people who read its numbers."""
@@ -132,7 +134,7 @@ class ReadySubject:
             found = self._memory(cell)
         else:
             found = self._timed(cell)
-            whole, attention = work_of(self._shape, cell.phase, cell.context, cell.batch)
+            whole, attention = work_of(self._sizes, cell.phase, cell.context, cell.batch)
             found |= {"work": whole, "attention_work": attention}
         if self.device.type == "cuda":
             found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
@@ -179,7 +181,7 @@ class ReadySubject:
         return read_lists(Path(options.lists), *sizes).to(self.device)
 
     def _memory(self, cell: Cell) -> dict[str, Any]:
-        config, weight_bytes = config_of(self.subject), self._shape.weight_bytes
+        config, weight_bytes = config_of(self.subject), self._sizes.weight_bytes
         dtype = torch_dtype(self.subject, self.options.dtype)
         found = measure_memory(config, weight_bytes, cell.context, dtype, self.device)
         if self.device.type == "cuda":
@@ -204,8 +206,8 @@ class ReadySubject:
         return self._weights.model
 
     @cached_property
-    def _shape(self) -> Shape:
-        return Shape(self._unallocated())
+    def _sizes(self) -> ModelSizes:
+        return ModelSizes(self._unallocated())
 
     def _unallocated(self) -> Any:
         auto: Any = AutoModelForCausalLM
@@ -231,12 +233,13 @@ class ReadySubject:
             self._weights.park()
         part = self.part
         part.marks = part.calls = part.witness = part.lists = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device)
 
 
-def _reason(error: Exception) -> str:
-    """The first sentence of what was said."""
-    said = " ".join(str(error).split()).split(". ")[0].rstrip(".")[:REASON_LENGTH]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+def _end_with_parent() -> None:
+    """Wait for the process that started this one, and end with it: a killed one can't say so, and
+    a turn may take hours."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)

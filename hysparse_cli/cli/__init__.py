@@ -10,14 +10,16 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from hysparse_cli import __version__, processes
-from hysparse_cli.cli import bench, convert, evaluate, finetune, generate, inspect_topk
+from hysparse_cli.cli import bench, convert, doctor, evaluate, finetune, generate, inspect_topk
+from hysparse_cli.cli.options import Command
 from hysparse_cli.cli.shared import LONGEST_MESSAGE, AlreadySaid, say
 from hysparse_cli.errors import (
     HysparseError,
@@ -37,8 +39,28 @@ _LEAST = (
     (resource.RLIMIT_NOFILE, 64, "open files (ulimit -n)"),
 )
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    "convert": convert.convert,
+    "eval": evaluate.evaluate,
+    "finetune": finetune.finetune,
+    "generate": generate.generate,
+    "bench": bench.bench,
+    "inspect-topk": inspect_topk.inspect_topk,
+    "doctor": doctor.doctor,
+}
+
+
+class Commands(TyperGroup):
+    """The commands, each made when it is called."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = {name: Command(name, function) for name, function in COMMANDS.items()}
+
+
 app = typer.Typer(
     name="hysparse",
+    cls=Commands,
     help="Retrofit dense checkpoints into HySparse: far less KV cache and attention work.",
     no_args_is_help=True,
     add_completion=False,
@@ -46,12 +68,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich would take [default: 1:3] for markup, and cut long names
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(convert.convert)
-app.command("eval")(evaluate.evaluate)
-app.command()(finetune.finetune)
-app.command()(generate.generate)
-app.command()(bench.bench)
-app.command("inspect-topk")(inspect_topk.inspect_topk)
 
 
 def _print_version(asked: bool) -> None:

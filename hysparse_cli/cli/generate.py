@@ -1,49 +1,19 @@
-"""``hysparse generate``: prints the text as it comes."""
+"""Runs ``hysparse generate``: prints the text as it comes."""
 
 import sys
 from contextlib import ExitStack
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from hysparse_cli.cli.shared import (
-    AsJson,
-    Assignments,
-    Checkpoint,
-    Device,
-    Dtype,
-    RecipeFile,
-    TrustRemoteCode,
-    hint,
-    say,
-    show,
-    write,
-)
+from hysparse_cli.cli.shared import AsJson, Checkpoint, hint, say, show, write
 from hysparse_cli.printable import cells
 from hysparse_cli.progress import stages
 
+if TYPE_CHECKING:
+    from hysparse_cli.recipe import GenerateOptions
 
-def generate(
-    checkpoint: Checkpoint,
-    recipe: RecipeFile = None,
-    assignments: Assignments = None,
-    prompt: Annotated[str | None, typer.Option(help="What to continue.  [default: stdin]")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="[default: 128]")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 takes the likeliest token.  [default: 0]")
-    ] = None,
-    chat: Annotated[
-        bool | None, typer.Option("--chat", help="Put the prompt into the chat template.")
-    ] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = None,
-    as_json: AsJson = False,
-) -> None:
+
+def generate(checkpoint: Checkpoint, options: "GenerateOptions", as_json: AsJson = False) -> None:
     """Continue a prompt."""
-    from hysparse_cli.recipe import GenerateOptions, load_section
-
-    options = load_section(GenerateOptions, recipe, assignments, locals())
     if options.prompt is None and not sys.stdin.isatty():
         options = options.model_copy(update={"prompt": sys.stdin.read()})
     from hysparse_cli import generate as generation

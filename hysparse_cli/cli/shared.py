@@ -1,36 +1,41 @@
-"""What the commands share: option types, and the ways to print a result or to refuse a flag."""
+"""Holds what the commands share: types of arguments, and the ways to print a result."""
 
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hysparse_cli.errors import InvalidRecipe, from_system
+from hysparse_cli.errors import from_system
 from hysparse_cli.files.paths import check_given, expanded
 from hysparse_cli.printable import cells, printable
 
 LONGEST_MESSAGE = 4000  # a recipe's errors are reported all at once
 
 
-def given(text: str) -> str:
-    """What every argument and option that names a model, or a file or so, is read with.
+def usage(read: Callable[[str], object]) -> Callable[[str], str]:
+    """A parser of text that lets what ``read`` refuses, with a ValueError, be wrong usage."""
 
-    Raises: typer.BadParameter where nothing can have that name.
-    """
-    try:
-        return check_given(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"{printable(repr(text))}: {error}") from None
+    def checked(text: str) -> str:
+        try:
+            read(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{printable(repr(text))}: {error}") from None
+        return text
+
+    return checked
+
+
+given = usage(check_given)  # reads every argument that names a model or a file
 
 
 def given_path(text: str) -> Path:
-    """What every argument and option that is a path alone is read with; ``~`` is the user's home.
+    """Read an argument or option that is a path; ``~`` is the user's home.
 
     Raises: typer.BadParameter where there can be no such path.
     """
@@ -47,26 +52,7 @@ RecipeFile = Annotated[
 Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="Any recipe field: section.field=value.")
 ]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16.  [default: as it is]")
-]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")]
-TrustRemoteCode = Annotated[
-    bool | None,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run the Python code that a checkpoint brings (auto_map): it can do what you can.",
-    ),
-]
-Overwrite = Annotated[bool | None, typer.Option("--overwrite", help="Replace a checkpoint in OUT.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-
-
-DATA = "Text, jsonl, json, csv, tsv or parquet file (also .gz, .xz, .bz2, .zst)"
-SkipBadRows = Annotated[
-    bool | None,
-    typer.Option("--skip-bad-rows", help="Count rows without text instead of refusing them."),
-]
 
 
 class AlreadySaid(SystemExit):
@@ -122,13 +108,3 @@ def hint(checkpoints: Sequence[str]) -> None:
 
     for line in hints(checkpoints):
         say(line)
-
-
-def not_for(command: str, flags: dict[str, Any], *names: str) -> None:
-    """Refuse the flags of these names, which ``command`` does not take.
-
-    Raises: InvalidRecipe.
-    """
-    given = [f"--{name.replace('_', '-')}" for name in names if flags[name] is not None]
-    if given:
-        raise InvalidRecipe(f"{command} takes no {' and no '.join(given)}: leave that out")

@@ -1,13 +1,11 @@
-"""What an evaluation has finished, on disk as it goes, so that a stopped one goes on from there."""
+"""Keeps what an evaluation has finished on disk, so that a stopped one goes on from there."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from hysparse_cli.errors import UnreadableInput, reads, writes
-from hysparse_cli.files.output import sync, write_whole
-from hysparse_cli.files.reading import parse_json
+from hysparse_cli.files.journal import Journal, Line
+from hysparse_cli.files.output import write_whole
 from hysparse_cli.files.results import prepare_results
 
 Key = dict[str, Any]
@@ -30,12 +28,9 @@ class State:
     def __init__(self, folder: Path | None):
         self.folder = folder
         self._finished: dict[str, Found] = {}
-        if folder is None:
-            return
-        self._path = folder / FINISHED
-        prepare_results(folder, RESULT, "hysparse.eval/")
-        with reads(self._path):
-            self._read()
+        if folder is not None:
+            prepare_results(folder, RESULT, "hysparse.eval/")
+        self._journal = Journal(folder and folder / FINISHED, "eval", self._take)
 
     def get(self, key: Key) -> Found | None:
         return self._finished.get(_name(key))
@@ -46,13 +41,7 @@ class State:
         Raises: OutOfResources where it can't be written.
         """
         self._finished[_name(key)] = found
-        if self.folder is None:
-            return
-        line = json.dumps({"key": key, "found": found}) + "\n"
-        with writes(self._path):
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
-            sync(self._path)
+        self._journal.append({"key": key, "found": found})
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write ``result`` as ``RESULT``, which is there whole or not at all.
@@ -63,27 +52,8 @@ class State:
             return
         write_whole(self.folder / RESULT, json.dumps(result, indent=2) + "\n")
 
-    def _read(self) -> None:
-        """Take up what is there; a line that a killed run left unfinished is cut off."""
-        if not self._path.exists():
-            return
-        whole = 0
-        with self._path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                whole += len(line)
-                try:
-                    entry = parse_json(line, str(self._path))
-                    self._finished[_name(entry["key"])] = entry["found"]
-                except (UnreadableInput, KeyError, TypeError):
-                    raise UnreadableInput(
-                        f"{self._path}, line {number} is not what hysparse eval wrote: give "
-                        "another --output, or remove the file to measure again"
-                    ) from None
-        if whole < self._path.stat().st_size:
-            with writes(self._path):
-                os.truncate(self._path, whole)
+    def _take(self, line: Line) -> None:
+        self._finished[_name(line["key"])] = line["found"]
 
 
 def file_as_it_is(path: Path) -> list[Any]:

@@ -68,6 +68,13 @@ class _Loader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
+    def construct_yaml_int(self, node: Any) -> Any:
+        """``1:3`` is text, as in YAML 1.2, and not three and sixty."""
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
 
 def _read(path: Path, most_bytes: int) -> bytes:
     with reads(path), path.open("rb") as file:

@@ -1,12 +1,34 @@
 """Options of ``hysparse convert``."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from hysparse_cli.model.config import SparseKv, WindowKv, check_switches
 from hysparse_cli.model.kinds import LayoutName
-from hysparse_cli.recipe.fields import Device, Dtype, FilePath, Positive, Real, Section, Seed, Size
+from hysparse_cli.recipe.fields import (
+    TEXT_FILE,
+    CommaList,
+    Device,
+    Dtype,
+    FilePath,
+    Flag,
+    Help,
+    Overwrite,
+    Positive,
+    Ratio,
+    Real,
+    Section,
+    Seed,
+    SeveralTokens,
+    Size,
+    Text,
+    TextField,
+    Tokens,
+    TrustRemoteCode,
+    integer,
+)
 
 Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
 Init = Literal["constant", "copy", "aligned"]
@@ -14,60 +36,86 @@ Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
 SCORED = ("dp", "greedy", "kl")
 
 
+def _swaps(value: object) -> object:
+    """Pairs of layers written as ``8:9,10:11``, or a list of ``8:9``, as numbers."""
+    if value == "auto" or not isinstance(value, (str, list)):
+        return value
+    pairs = value.split(",") if isinstance(value, str) else value
+    for pair in pairs:
+        if isinstance(pair, str) and not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", pair):
+            raise ValueError("neither auto nor pairs of layers such as 8:9,10:11")
+    return [[int(n) for n in pair.split(":")] if isinstance(pair, str) else pair for pair in pairs]
+
+
+Layer = Annotated[int, Text("int", integer)]
+Swaps = Annotated[Literal["auto"] | list[Pair], Text("a:b"), BeforeValidator(_swaps)]
+
+
 class ConvertOptions(Section):
     """``hysparse convert``: where the full layers go, the sizes, and what is written how.
 
     ``pattern`` or ``full_layers`` (strategy "manual") say where the full layers are; ``ratio`` or
     ``fit`` say how many, and ``strategy`` chooses them: "uniform" as the paper does, the others
-    measure the model on calibration text first (see selection/). Where nothing is given, the ratio
-    is 1:3 and the strategy uniform.
-
-    ``fit`` is memory for the weights and the KV cache of ``batch`` sequences of ``context`` tokens
-    (as many as the model reads by default). ``calibration`` is a file of text, made up by default;
-    ``scores`` the file that keeps what was measured, ``OUT.scores.json`` by default.
-    ``rope_theta`` is a new base of the rotary embedding and
-    ``max_position_embeddings`` a new longest input, for a model that will be healed at that length.
-
-    ``sparse_kv`` and ``window_kv`` are the ablations of the paper's Table 4 (model/config.py).
-    ``swap_attention`` names pairs of layers whose dense attention trades places (convert/swaps.py),
-    or "auto": into the full layers, the attention nearby that needs far context most.
-    ``init`` says how the new layers start (see init/), and ``explain`` measures what each mechanism
-    costs (convert/ledger.py), both on the calibration text, of which ``explain`` reads the first
-    ``explain_tokens``: it runs the model many times.
+    measure the model on calibration text first. Where nothing is given, the ratio is 1:3 and the
+    strategy uniform. ``sparse_kv`` and ``window_kv`` are the ablations of the paper's Table 4.
     """
 
-    layout: LayoutName = "hysparse"
-    strategy: Strategy | None = None
-    ratio: str | None = None
-    fit: Size | None = None
-    context: Positive | None = None
-    batch: Positive | None = None
-    pattern: str | None = None
-    full_layers: list[int] | None = None
-    last_layer_full: bool = True
-    block_size: Positive = 64
-    top_k_tokens: Positive = 1024
-    window_tokens: Annotated[int, Field(gt=1, lt=2**31)] = 128
-    rope_theta: Annotated[Real, Field(gt=0, le=1e15)] | None = None
-    max_position_embeddings: Positive | None = None
-    sparse_kv: SparseKv = "shared"
-    window_kv: WindowKv = "own"
-    swap_attention: Literal["auto"] | list[Pair] | None = None
-    init: Init = "constant"
-    explain: bool = False
-    explain_tokens: Positive = 8192
+    layout: Annotated[LayoutName, Flag("Kind of layout:")] = "hysparse"
+    ratio: Annotated[Ratio | None, Flag("Full to sparse layers.", "1:3")] = None
+    strategy: Annotated[Strategy | None, Flag("What chooses the full layers:", "uniform")] = None
+    fit: Annotated[Size | None, Flag("Memory for weights and KV cache, such as 24GiB.")] = None
+    context: Annotated[
+        Tokens | None, Flag("With --fit: tokens a sequence, such as 32k.", "the model's")
+    ] = None
+    batch: Annotated[Positive | None, Flag("With --fit: sequences.", "1")] = None
+    calibration: Annotated[FilePath | None, Flag(f"{TEXT_FILE}, to measure on.", "made up")] = None
+    calibration_text_field: TextField = "text"
+    calibration_tokens: Annotated[Tokens, Flag("Tokens to measure on.")] = 16384
+    calibration_sequence_tokens: Annotated[
+        SeveralTokens | None, Help("Tokens of each text to measure on.", "twice top_k_tokens")
+    ] = None
+    scores: Annotated[
+        FilePath | None, Flag("File that keeps what is measured.", "OUT.scores.json")
+    ] = None
+    pattern: Annotated[str | None, Flag("One letter a layer: FSSSF...")] = None
+    full_layers: Annotated[
+        CommaList[Layer] | None, Flag("Layers that are full, such as 0,4,8,11.")
+    ] = None
+    last_layer_full: Annotated[
+        bool, Flag("With --ratio and --full-layers: the last layer.", "full")
+    ] = True
+    top_k_tokens: Annotated[Tokens, Flag("Tokens that a sparse layer selects.")] = 1024
+    block_size: Annotated[Positive, Flag("Tokens in a selected block.")] = 64
+    window_tokens: Annotated[SeveralTokens, Flag("Sliding window of a sparse layer.")] = 128
+    rope_theta: Annotated[
+        Annotated[Real, Field(gt=0, le=1e15)] | None,
+        Flag("New base of the rotary embedding, to heal a longer context."),
+    ] = None
+    max_position_embeddings: Annotated[
+        Tokens | None, Flag("New longest input in tokens, to be healed at.")
+    ] = None
+    sparse_kv: Annotated[SparseKv, Help("Whose keys and values the block-sparse branch reads:")] = (
+        "shared"
+    )
+    window_kv: Annotated[
+        WindowKv, Help("Whose keys and values the SWA branch reads, or none to leave it out:")
+    ] = "own"
+    swap_attention: Annotated[
+        Swaps | None,
+        Flag("Layers whose attention trades places: 8:9, or auto.", "none"),
+    ] = None
+    init: Annotated[Init, Flag("How new layers start:")] = "constant"
+    explain: Annotated[bool, Flag("Measure what each mechanism costs.")] = False
+    explain_tokens: Annotated[
+        Tokens, Help("Tokens of the calibration text that explain reads, many times.")
+    ] = 8192
     dtype: Dtype = "auto"
-    max_shard_size: Size = "5GB"
-    calibration: FilePath | None = None
-    calibration_text_field: str = "text"
-    calibration_tokens: Positive = 16384
-    calibration_sequence_tokens: Annotated[int, Field(gt=1, lt=2**31)] | None = None
-    seed: Seed = 0
-    scores: FilePath | None = None
     device: Device = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    overwrite: bool = False
+    max_shard_size: Annotated[Size, Flag("Largest file of weights.")] = "5GB"
+    revision: Annotated[str | None, Flag("Branch, tag or commit of a hub id.")] = None
+    trust_remote_code: TrustRemoteCode = False
+    overwrite: Overwrite = False
+    seed: Seed = 0
 
     @property
     def measures(self) -> bool:

@@ -7,23 +7,32 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from hysparse_cli.recipe.fields import (
+    TEXT_FILE,
     Beta,
+    Count,
     Device,
     Dtype,
     FilePath,
+    Flag,
     Fraction,
+    Help,
     ModelName,
+    Overwrite,
     Positive,
     Real,
     Section,
     Seed,
+    SeveralTokens,
+    SkipBadRows,
+    Text,
+    TextField,
+    TrustRemoteCode,
 )
 
 Objective = Literal["align", "distill", "train"]
 Trainable = Literal["all", "attention", "sparse-attention", "new"]
 Rate = Annotated[Real, Field(gt=0)]
 Weight = Annotated[Real, Field(ge=0)]
-Steps = Annotated[int, Field(ge=0)]
 
 DEFAULT_STEPS = 200
 DEFAULT_SAVES, FEWEST_STEPS_BETWEEN = 10, 10  # of a run's state
@@ -39,25 +48,35 @@ def _steps_or_off(value: object) -> object:
     return number
 
 
-StepsOrOff = Annotated[int | Literal["off"], BeforeValidator(_steps_or_off)]
+StepsOrOff = Annotated[int | Literal["off"], Text("steps"), BeforeValidator(_steps_or_off)]
 
 
 class StageOptions(Section):
-    """One stage of healing; a field that is None is what ``finetune`` says.
+    """One stage of healing; what it does not give is what the section ``finetune`` says.
 
-    ``objective``: "align" each sparse layer's attention output with the teacher's, fed the
-    teacher's inputs; "distill" the teacher's logits; "train" on the next token. What "align" trains
-    is "sparse-attention" unless the stage says otherwise.
+    "align" brings each sparse layer's attention output near the teacher's, fed the teacher's
+    inputs; "distill" fits the teacher's logits, "train" the next token.
     """
 
-    objective: Objective
-    steps: Positive
-    learning_rate: Rate | None = None
-    warmup_steps: Steps | None = None
-    decay_fraction: Fraction | None = None
-    trainable: Trainable | None = None
-    distill_weight: Fraction | None = None
-    hidden_weight: Weight | None = None
+    objective: Annotated[Objective, Help("What the stage does:")]
+    steps: Annotated[Positive, Help("Optimiser steps.")]
+    learning_rate: Annotated[Rate | None, Help("Largest learning rate.", "the section's")] = None
+    warmup_steps: Annotated[
+        Count | None, Help("Steps until the learning rate is reached.", "the section's")
+    ] = None
+    decay_fraction: Annotated[
+        Fraction | None, Help("Part of the steps in which it decays.", "the section's")
+    ] = None
+    trainable: Annotated[
+        Trainable | None,
+        Help("What is trained:", "the section's; sparse-attention or new for align"),
+    ] = None
+    distill_weight: Annotated[
+        Fraction | None, Help("Weight of the teacher's logits, for distill.", "the section's")
+    ] = None
+    hidden_weight: Annotated[
+        Weight | None, Help("Weight of the hidden states' error, for distill.", "the section's")
+    ] = None
 
     @model_validator(mode="after")
     def _of_its_objective(self) -> "StageOptions":
@@ -73,7 +92,7 @@ class Stage(StageOptions):
     """A stage with every field filled in: what the trainer runs."""
 
     learning_rate: Rate
-    warmup_steps: Steps
+    warmup_steps: Count
     decay_fraction: Fraction
     trainable: Trainable
     distill_weight: Fraction
@@ -117,67 +136,80 @@ class FinetuneOptions(Section):
     """``hysparse finetune``: next-token loss, or with ``teacher`` distillation mixed in.
 
     ``stages`` run one after the other; without them there is one, of ``steps`` steps: "distill"
-    where there is a teacher, else "train". With stages, ``steps`` makes them so long in all, each
-    in proportion. A step reads ``batch_size`` rows ``gradient_accumulation`` times. The learning
-    rate warms up for ``warmup_steps`` (a tenth of the steps by default), stays, and decays over the
-    last ``decay_fraction`` of the steps, in each stage anew.
-
-    "distill" minimises ``distill_weight`` KL to the teacher + (1 - ``distill_weight``) next-token
-    loss + ``hidden_weight`` the relative squared error of the hidden states, mean over the layers.
-
-    ``data`` is a file (see documents/), or "hub:" and the name of a data set, of which
-    ``data_subset`` and ``data_split`` are read. A file is read once before training, so that a bad
-    row costs no run; ``skip_bad_rows`` counts such rows instead of refusing them. ``lora_rank``
-    trains low-rank adapters of the attention projections instead of the weights.
-    ``stop_when_rising_steps``: see watchdog.py.
-
-    State is saved in OUT.state every ``save_every_steps`` steps, by default every tenth of the run
-    but no more often than every 10 steps, with "off" never; ``resume`` is "auto" (from there if
-    there is any, else from the start) or a state's folder. ``keep_state`` leaves the last state
-    there when OUT is written: with more ``steps``, or further ``stages``, a finished run then goes
-    on. ``log_to`` writes scalars to OUT.logs or W&B. ``nproc_per_node`` processes share each step's
-    rows; with ``sequence_parallel_size`` so many of them split the tokens of each row, and the KV
-    heads in attention.
+    where there is a teacher, else "train". The learning rate warms up, stays, and decays, in each
+    stage anew. "distill" minimises ``distill_weight`` KL to the teacher + (1 - ``distill_weight``)
+    next-token loss + ``hidden_weight`` the relative squared error of the hidden states, mean over
+    the layers. A step reads ``batch_size`` rows ``gradient_accumulation`` times. A file of ``data``
+    is read once before training, so that a bad row costs no run. With ``keep_state`` and more
+    ``steps``, or further ``stages``, a finished run goes on.
     """
 
-    data: FilePath | None = None
-    data_subset: str | None = None
-    data_split: str = "train"
-    text_field: str = "text"
-    skip_bad_rows: bool = False
-    stages: list[StageOptions] = []
-    steps: Positive | None = None
-    batch_size: Positive = 8
-    gradient_accumulation: Positive = 1
-    sequence_tokens: Annotated[int, Field(gt=1)] = 1024
-    shuffle_rows: Positive = 256
-    learning_rate: Rate = 3e-4
-    warmup_steps: Steps | None = None
-    decay_fraction: Fraction = 0.2
-    weight_decay: Weight = 0.1
-    adam_beta1: Beta = 0.9
-    adam_beta2: Beta = 0.95
-    adam_epsilon: Annotated[Real, Field(gt=0)] = 1e-10
-    max_grad_norm: Annotated[Real, Field(gt=0)] = 1.0
-    teacher: ModelName | None = None
-    distill_weight: Fraction = 1.0
-    hidden_weight: Weight = 0.0
-    trainable: Trainable = "all"
-    lora_rank: Positive | None = None
-    lora_alpha: Positive | None = None
-    gradient_checkpointing: bool = False
-    stop_when_rising_steps: Positive | None = 100
-    save_every_steps: StepsOrOff | None = None
-    keep_state: bool = False
-    resume: FilePath | None = None
-    log_to: Literal["tensorboard", "wandb"] | None = None
-    nproc_per_node: Positive | None = None
-    sequence_parallel_size: Positive = 1
+    data: Annotated[FilePath | None, Flag(f"{TEXT_FILE}, or hub:NAME, a data set.")] = None
+    data_subset: Annotated[str | None, Help("Subset of a data set of the hub.")] = None
+    data_split: Annotated[str, Help("Split of a data set of the hub.")] = "train"
+    text_field: TextField = "text"
+    skip_bad_rows: SkipBadRows = False
+    teacher: Annotated[ModelName | None, Flag("A dense checkpoint to distill from.", "none")] = None
+    stages: Annotated[
+        list[StageOptions], Help("Stages of healing, one after the other.", "one stage")
+    ] = []
+    steps: Annotated[
+        Positive | None, Flag("Optimiser steps; with stages: of all together.", "200")
+    ] = None
+    batch_size: Annotated[Positive, Flag("Rows read at once.")] = 8
+    gradient_accumulation: Annotated[Positive, Help("Batches in a step.")] = 1
+    sequence_tokens: Annotated[SeveralTokens, Flag("Tokens in a row.")] = 1024
+    shuffle_rows: Annotated[Positive, Help("Rows among which the next one is drawn.")] = 256
+    learning_rate: Annotated[Rate, Flag("Largest learning rate.")] = 3e-4
+    warmup_steps: Annotated[
+        Count | None,
+        Help("Steps until the learning rate is reached.", "a tenth of the stage"),
+    ] = None
+    decay_fraction: Annotated[
+        Fraction, Help("Part of the steps, the last, in which the learning rate decays.")
+    ] = 0.2
+    weight_decay: Annotated[Weight, Help("AdamW's weight decay.")] = 0.1
+    adam_beta1: Annotated[Beta, Help("AdamW's decay of the mean of gradients.")] = 0.9
+    adam_beta2: Annotated[Beta, Help("AdamW's decay of the mean of their squares.")] = 0.95
+    adam_epsilon: Annotated[Real, Field(gt=0), Help("AdamW's addition to the denominator.")] = 1e-10
+    max_grad_norm: Annotated[Real, Field(gt=0), Help("Norm that the gradient is clipped to.")] = 1.0
+    distill_weight: Annotated[Fraction, Help("Weight of the teacher's logits.")] = 1.0
+    hidden_weight: Annotated[Weight, Help("Weight of the hidden states' error.")] = 0.0
+    trainable: Annotated[Trainable, Flag("What is trained:")] = "all"
+    lora_rank: Annotated[
+        Positive | None,
+        Help("Rank of low-rank adapters, trained instead of attention's weights.", "none"),
+    ] = None
+    lora_alpha: Annotated[Positive | None, Help("Scale of the adapters.", "2 x lora_rank")] = None
+    gradient_checkpointing: Annotated[bool, Help("Compute activations twice.")] = False
+    stop_when_rising_steps: Annotated[
+        Positive | None,
+        Help("Stop where the loss has risen and stays up for so many steps; null: never."),
+    ] = 100
+    save_every_steps: Annotated[
+        StepsOrOff | None, Flag("Keep the run's state in OUT.state; or off.", "each tenth")
+    ] = None
+    keep_state: Annotated[bool, Flag("Leave the last state, to add steps to a finished run.")] = (
+        False
+    )
+    resume: Annotated[
+        FilePath | None,
+        Flag("auto: go on where OUT.state has state; or the folder of a state."),
+    ] = None
+    nproc_per_node: Annotated[
+        Positive | None, Flag("Start so many processes, one for each GPU.", "1")
+    ] = None
+    sequence_parallel_size: Annotated[
+        Positive, Help("Processes that share the tokens of a row, and the KV heads in attention.")
+    ] = 1
+    log_to: Annotated[
+        Literal["tensorboard", "wandb"] | None, Flag("Write scalars to OUT.logs, or to W&B:")
+    ] = None
     dtype: Dtype = "auto"
     device: Device = "auto"
-    trust_remote_code: bool = False
+    trust_remote_code: TrustRemoteCode = False
+    overwrite: Overwrite = False
     seed: Seed = 0
-    overwrite: bool = False
 
     @property
     def total_steps(self) -> int:

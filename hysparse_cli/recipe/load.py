@@ -1,6 +1,5 @@
-"""A recipe file, ``--set`` and flags in, one command's options out."""
+"""Reads one command's options from a recipe file, ``--set`` and flags."""
 
-import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from hysparse_cli.errors import InvalidRecipe
 from hysparse_cli.files.reading import parse_yaml, read_yaml
 from hysparse_cli.printable import printable
-from hysparse_cli.recipe.bench import BenchOptions, KernelBenchOptions
+from hysparse_cli.recipe.bench import BenchOptions
 from hysparse_cli.recipe.convert import ConvertOptions
 from hysparse_cli.recipe.evaluate import EvalOptions
 from hysparse_cli.recipe.fields import Section
@@ -28,7 +27,6 @@ class Recipe(Section):
     finetune: FinetuneOptions = FinetuneOptions()
     eval: EvalOptions = EvalOptions()
     bench: BenchOptions = BenchOptions()
-    bench_kernels: KernelBenchOptions = KernelBenchOptions()
     inspect_topk: InspectOptions = InspectOptions()
     generate: GenerateOptions = GenerateOptions()
 
@@ -50,21 +48,16 @@ def load_section(
         kind: the section's class, such as ``ConvertOptions``.
         recipe_path: a YAML file, or None.
         assignments: what ``--set`` was given; values are read as YAML.
-        flags: field -> value; None means the flag was not given. Other names are left alone, so
-            that a command can hand over its ``locals()``.
+        flags: field -> value or its text, as in a recipe; None means the flag was not given.
     Raises: InvalidRecipe naming every wrong field at once; UnreadableInput where the file
         can't be read.
     """
-    name = next(n for n, field in Recipe.model_fields.items() if field.annotation is kind)
+    name = name_of(kind)
     source = str(recipe_path) if recipe_path else "options"
     data = _read_yaml(recipe_path) if recipe_path else {}
     for assignment in assignments or ():
         _assign(data, assignment)
-    given = {
-        key: value
-        for key, value in (flags or {}).items()
-        if key in kind.model_fields and value is not None
-    }
+    given = {field: value for field, value in (flags or {}).items() if value is not None}
     section = data.setdefault(name, {})
     if isinstance(section, dict):
         section.update(given)
@@ -76,71 +69,17 @@ def load_section(
     return resolved
 
 
-def integer_list(field: str, text: str | None) -> list[int] | None:
-    """The numbers of a flag such as ``0,4,8,11``; None stays None.
-
-    Raises: InvalidRecipe, naming ``field``, where it is no list of whole numbers.
-    """
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InvalidRecipe(
-            f"{field} {text!r} is not a list of whole numbers such as 0,4,8,11"
-        ) from None
-
-
-def name_list(text: str | None) -> list[str] | None:
-    """The names of a flag such as ``memory,decode``; nothing at all is None."""
-    return [part.strip() for part in text.split(",")] if text else None
-
-
-def layer_pairs(field: str, text: str | None) -> str | list[list[int]] | None:
-    """The pairs of a flag such as ``8:9,10:11``; "auto" and None stay what they are.
-
-    Raises: InvalidRecipe, naming ``field``, where it is neither.
-    """
-    if text is None or text == "auto":
-        return text
-    if not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}(,[0-9]{1,9}:[0-9]{1,9})*", text):
-        raise InvalidRecipe(
-            f"{field} {text!r} is neither auto nor pairs of layers such as 8:9,10:11"
-        )
-    return [[int(layer) for layer in pair.split(":")] for pair in text.split(",")]
-
-
-def token_counts(field: str, text: str | None) -> list[int] | None:
-    """The lengths of a flag such as ``512,8k``, where a k is 1024; None stays None.
-
-    Raises: InvalidRecipe, naming ``field``, where it is no list of lengths.
-    """
-    if text is None:
-        return None
-    parts = [re.fullmatch(r"([0-9]{1,9})([kK]?)", part.strip()) for part in text.split(",")]
-    if None in parts:
-        raise InvalidRecipe(f"{field} {text!r} is not a list of lengths such as 512,8k")
-    return [int(part[1]) * (1024 if part[2] else 1) for part in parts if part is not None]
-
-
-def token_count(field: str, text: str | None) -> int | None:
-    """As ``token_counts``, for one length.
-
-    Raises: InvalidRecipe where there are several.
-    """
-    counts = token_counts(field, text)
-    if counts is None:
-        return None
-    if len(counts) > 1:
-        raise InvalidRecipe(f"{field} {text!r} is not one length such as 32k")
-    return counts[0]
+def name_of(kind: type[Section]) -> str:
+    """The name that a recipe gives the section."""
+    return next(n for n, field in Recipe.model_fields.items() if field.annotation is kind)
 
 
 def to_yaml(section: Section) -> str:
     """The resolved section as a recipe that ``load_section`` reads back, all but the permissions
     that were given for this one run."""
-    name = next(n for n, field in Recipe.model_fields.items() if field.annotation is type(section))
-    return yaml.safe_dump({name: lasting(section.model_dump(mode="json"))}, sort_keys=False)
+    return yaml.safe_dump(
+        {name_of(type(section)): lasting(section.model_dump(mode="json"))}, sort_keys=False
+    )
 
 
 def lasting(section: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.bench.break_even import break_even
 from hysparse_cli.bench.decode import Decoding, decode, static_kv_cache
-from hysparse_cli.bench.kernels.lists import local_lists
+from hysparse_cli.bench.lists import local_lists
 from hysparse_cli.bench.prefill import measure_prefill, prefill
 from hysparse_cli.bench.rows import Row, times_dense
 from hysparse_cli.bench.timing import Marks, Timing, timed
 from hysparse_cli.bench.train import _switch_checkpointing, measure_train
-from hysparse_cli.bench.work import Shape, Work, work_of
+from hysparse_cli.bench.work import ModelSizes, Work, work_of
 from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.kv_cache import held_kv_bytes
@@ -146,21 +146,21 @@ def test_matrix_work_is_what_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, 24, dtype=torch.long), logits_to_keep=1)
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    shape = Shape(model)
-    assert shape.linear(48, 2).flops == counts["aten.mm"]  # the rotary's outer product is a bmm
-    whole, attention = work_of(shape, "prefill", 24, 2)
-    assert whole.flops - attention.flops == shape.linear(48, 2).flops
-    assert shape.weight_bytes == sum(p.nbytes for p in model.parameters())
+    sizes = ModelSizes(model)
+    assert sizes.linear(48, 2).flops == counts["aten.mm"]  # the rotary's outer product is a bmm
+    whole, attention = work_of(sizes, "prefill", 24, 2)
+    assert whole.flops - attention.flops == sizes.linear(48, 2).flops
+    assert sizes.weight_bytes == sum(p.nbytes for p in model.parameters())
 
 
 def test_attention_work_counts_the_pairs_that_a_sparse_layer_computes() -> None:
-    shape = Shape(hysparse_model("qwen3", SPEC))
+    sizes = ModelSizes(hysparse_model("qwen3", SPEC))
     context, batch, heads, head_dim = 20, 3, 4, 8
     pairs = sum(2 * (t + 1) + 3 * (min(t + 1, 8) + min(t + 1, 6)) for t in range(context))
-    attention = shape.prefill_attention(context, batch)
+    attention = sizes.prefill_attention(context, batch)
     assert attention.flops == 4 * batch * heads * head_dim * pairs
     keys = 2 * context + 3 * (8 + 6)
-    assert shape.decode_attention(context, batch).moved == 2 * batch * keys * 2 * head_dim * 8
+    assert sizes.decode_attention(context, batch).moved == 2 * batch * keys * 2 * head_dim * 8
 
 
 def test_the_floor_is_the_longer_of_both() -> None:

@@ -9,7 +9,7 @@ import torch
 from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.bench.decode import decode
 from hysparse_cli.bench.exactness import AttentionCheck, wrong
-from hysparse_cli.bench.kernels.lists import local_lists
+from hysparse_cli.bench.lists import local_lists
 from hysparse_cli.bench.prefill import measure_prefill
 from hysparse_cli.bench.train import measure_train
 from hysparse_cli.model.attention import LayerCall

@@ -1,4 +1,4 @@
-"""Interrupted at any moment, a bench says so in one line and leaves no process behind."""
+"""Interrupted or killed at any moment, a bench leaves no process behind."""
 
 import os
 import signal
@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.started import start
+from tests.model.tiny import dense_config
+from tests.started import Forked, start
 
 MARK = "HYSPARSE_BENCH_UNDER_TEST"
 
@@ -22,6 +23,22 @@ def processes_of(mark: str) -> list[psutil.Process]:
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def wait_for(number: int, mark: Path, run: Forked) -> list[psutil.Process]:
+    """The processes of a marked run, once there are so many."""
+    deadline = time.monotonic() + 120
+    while len(found := processes_of(str(mark))) < number:
+        assert run.is_running() and time.monotonic() < deadline, run.end()
+        time.sleep(0.01)
+    return found
+
+
+def wait_for_none(mark: Path, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while left := processes_of(str(mark)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -37,11 +54,8 @@ def test_an_interrupt_while_processes_start_leaves_none(
     seconds: float,
 ) -> None:
     monkeypatch.setenv(MARK, str(tmp_path))
-    run = start(tmp_path / "said", "bench", tiny_original, "--context", 24, "--repeat", 10**6)
-    deadline = time.monotonic() + 120
-    while not processes_of(str(tmp_path)):
-        assert run.is_running() and time.monotonic() < deadline, run.end()
-        time.sleep(0.01)
+    run = start(tmp_path / "said", "bench", tiny_original, "--context", 24, "--repeat", 10**4)
+    wait_for(1, tmp_path, run)
     time.sleep(seconds)
     heard = processes_of(str(tmp_path)) if number == signal.SIGINT else []  # as Ctrl-C is by all
     os.kill(run.pid, number)
@@ -52,7 +66,21 @@ def test_an_interrupt_while_processes_start_leaves_none(
     assert code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], said
     assert "Traceback" not in said
     assert said.splitlines()[-1] == "hysparse: interrupted; nothing half written is left"
-    deadline = time.monotonic() + 10
-    while left := processes_of(str(tmp_path)):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+    wait_for_none(tmp_path)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3.0], ids=["at once", "while it measures"])
+def test_processes_end_with_a_bench_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """A killed process can't end the others, and one turn at 64k tokens takes minutes."""
+    monkeypatch.setenv(MARK, str(tmp_path))
+    dense_config("qwen3").save_pretrained(tmp_path)
+    size = ("--context", "64k", "--phases", "prefill", "--dtype", "float32")
+    run = start(tmp_path / "said", "bench", "--config", tmp_path, *size)
+    subjects = 3
+    wait_for(2 + subjects if seconds else 1, tmp_path, run)  # forkserver, tracker, and subjects
+    time.sleep(seconds)
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.end()[0] == -signal.SIGKILL
+    wait_for_none(tmp_path, 10 if seconds else 60)  # one that only imports ends after that

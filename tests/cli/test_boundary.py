@@ -112,7 +112,7 @@ def test_a_symlink_that_leads_to_itself_is_exit_7(hysparse: Hysparse, tmp_path: 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_end_is_an_interrupt_with_its_own_exit_code(number: int) -> None:
     program = (
-        "import os, signal\nfrom hysparse_cli import cli, source\n"
+        "import os, signal\nfrom hysparse_cli import cli\nfrom hysparse_cli.files import source\n"
         f"def stop(*args, **options):\n    os.kill(os.getpid(), {int(number)})\n"
         "    while True: pass\nsource.locate = stop\nimport sys\n"
         "sys.argv = ['hysparse', 'convert', 'a', 'b']\ncli.main()"

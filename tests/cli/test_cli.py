@@ -11,8 +11,8 @@ from hysparse_cli.cli.shared import show
 from hysparse_cli.progress import progress
 from tests.conftest import Hysparse
 
-HELP_SECONDS = 0.5
-COMMANDS = ("convert", "eval", "finetune", "generate", "bench", "inspect-topk")
+HELP_SECONDS = 0.35
+COMMANDS = ("convert", "eval", "finetune", "generate", "bench", "inspect-topk", "doctor")
 COMMAND = [sys.executable, "-c", "from hysparse_cli.cli import main; main()"]
 
 
@@ -20,7 +20,7 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     check = (
         "import sys; sys.argv = ['hysparse', '--help']\n"
         "import atexit; from hysparse_cli.cli import main\n"
-        "heavy = {'torch', 'transformers', 'numpy'}\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic'}\n"
         "atexit.register(lambda: sys.stderr.write(str(heavy & set(sys.modules))))\n"
         "main()"
     )

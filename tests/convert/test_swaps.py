@@ -316,7 +316,7 @@ def test_without_swaps_the_card_says_nothing_of_them(tiny_converted: Path) -> No
         ("3:4", "swap_attention 3:4 has 4, but the model's layers are 0 to 3"),
         ("1:2,2:3", "swap_attention 1:2,2:3 names a layer twice"),
         ("1:1", "names a layer twice"),
-        ("1", "swap_attention '1' is neither auto nor pairs of layers such as 8:9,10:11"),
+        ("1", "swap_attention: neither auto nor pairs of layers such as 8:9,10:11 (got '1')"),
         ("1:2:3", "neither auto nor pairs"),
         ("-1:2", "neither auto nor pairs"),
         ("1:2,", "neither auto nor pairs"),

@@ -46,7 +46,7 @@ def test_equal_counts_give_the_textbook_interval_of_paired_means() -> None:
     ("degrees", "quantile"), [(3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (10_000, 1.960)]
 )
 def test_students_quantile_is_that_of_the_tables(degrees: int, quantile: float) -> None:
-    assert student_975(degrees) == pytest.approx(quantile, rel=0.01)
+    assert student_975(degrees) == pytest.approx(quantile, abs=5e-4)
 
 
 def test_there_is_no_interval_without_pairs_or_from_few_pieces() -> None:

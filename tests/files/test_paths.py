@@ -59,7 +59,7 @@ def test_every_flag_of_such_a_field_is_tried() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     for section, name in FIELDS:
         command, option = section.removesuffix("_kernels").replace("_", "-"), f"--{name}"
-        there = any(option in flag.opts for flag in commands[command].params)
+        there = any(option in flag.opts for flag in commands[command].made.params)
         assert there == (option in PLACES[command][1]), (command, option)
 
 

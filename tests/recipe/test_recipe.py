@@ -11,15 +11,12 @@ from hysparse_cli.recipe import (
     EvalOptions,
     FinetuneOptions,
     InspectOptions,
-    KernelBenchOptions,
     Recipe,
     Section,
     bytes_of,
-    integer_list,
     load_section,
-    name_list,
+    name_of,
     to_yaml,
-    token_counts,
 )
 from hysparse_cli.recipe.finetune import StageOptions
 
@@ -198,25 +195,67 @@ def test_assignments_need_a_section_a_field_and_a_value(assignment: str) -> None
         load_section(ConvertOptions, None, (assignment,))
 
 
-def test_sizes_and_lists_of_layers() -> None:
+def test_sizes() -> None:
     assert [bytes_of(text) for text in ("5GB", "2 GiB", "300kb", "17")] == [
         5 * 10**9,
         2 * 2**30,
         300_000,
         17,
     ]
-    assert integer_list("full_layers", "0, 4,8") == [0, 4, 8]
-    assert integer_list("full_layers", None) is None
-    with pytest.raises(InvalidRecipe, match="full_layers '0,x'"):
-        integer_list("full_layers", "0,x")
 
 
-def test_lists_of_lengths_and_names() -> None:
-    assert token_counts("context", "512, 8k,1K") == [512, 8192, 1024]
-    assert token_counts("context", None) is None and name_list(None) is None
-    with pytest.raises(InvalidRecipe, match=r"context '1\.5k' is not a list of lengths"):
-        token_counts("context", "1.5k")
-    assert name_list("memory, decode") == ["memory", "decode"]
+# section, field, texts that are read, the value, a text that is not, and what is said of that
+WRITTEN = [
+    (ConvertOptions, "full_layers", ("0,4,8", "0, 4,8", "[0, 4, 8]"), [0, 4, 8], "0,x", "number"),
+    (ConvertOptions, "block_size", ("32", "'32'"), 32, "8k", "not a whole number such as 64"),
+    (
+        ConvertOptions,
+        "calibration_tokens",
+        ("8k", "8192", "8K"),
+        8192,
+        "8m",
+        "not one length such as 512 or 8k",
+    ),
+    (ConvertOptions, "ratio", ("1:3", "'1:3'"), "1:3", "[1]", "valid string"),
+    (ConvertOptions, "fit", ("24GiB", "'24GiB'"), "24GiB", "24 apples", "such as 5GB, 500MB"),
+    (ConvertOptions, "max_shard_size", ("5000000",), "5000000", "0", "not a size"),
+    (
+        ConvertOptions,
+        "swap_attention",
+        ("8:9,10:11", "[8:9, 10:11]", "[[8, 9], [10, 11]]"),
+        [[8, 9], [10, 11]],
+        "8:x",
+        "neither auto nor pairs of layers such as 8:9,10:11",
+    ),
+    (BenchOptions, "context", ("512, 8k,1K", "[512, 8k, 1024]"), [512, 8192, 1024], "1.5k", "8k"),
+    (BenchOptions, "context", ("4k", "[4k]", "4096"), [4096], "1", "greater than 1"),
+    (BenchOptions, "phases", ("memory, decode", "[memory, decode]"), ["memory", "decode"], "x", ""),
+    (BenchOptions, "against", ("a,b", "['a,b']"), ["a,b"], "''", "it is empty"),
+    (FinetuneOptions, "learning_rate", ("3e-4", "0.0003"), 3e-4, "fast", "such as 0.1 or 3e-4"),
+    (FinetuneOptions, "save_every_steps", ("off", "false"), "off", "never", "nor off"),
+    (EvalOptions, "require", ("loss<=3,5", "['loss<=3,5']"), ["loss<=3,5"], "[3]", "string"),
+]
+
+
+@pytest.mark.parametrize(("kind", "field", "texts", "value", "wrong", "said"), WRITTEN)
+def test_a_value_is_written_alike_in_yaml_set_and_flags(
+    kind: type[Section],
+    field: str,
+    texts: tuple[str, ...],
+    value: object,
+    wrong: str,
+    said: str,
+    tmp_path: Path,
+) -> None:
+    name, path = name_of(kind), tmp_path / "recipe.yaml"
+    for text in texts:
+        path.write_text(f"{name}:\n  {field}: {text}\n")
+        in_yaml = load_section(kind, path)
+        by_set = load_section(kind, None, (f"{name}.{field}={text}",))
+        assert getattr(in_yaml, field) == getattr(by_set, field) == value
+    assert getattr(load_section(kind, flags={field: texts[0]}), field) == value
+    with pytest.raises(InvalidRecipe, match=f"{name}.{field}.*{said}"):
+        load_section(kind, None, (f"{name}.{field}={wrong}",))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +266,6 @@ def test_lists_of_lengths_and_names() -> None:
         (EvalOptions, ["data", "lm_eval_folder", "output"]),
         (InspectOptions, ["data", "html", "png", "npz", "lists"]),
         (BenchOptions, ["lists"]),
-        (KernelBenchOptions, ["lists"]),
     ],
 )
 def test_files_of_a_recipe_may_be_in_the_users_home(

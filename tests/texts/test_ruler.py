@@ -20,7 +20,7 @@ from hysparse_cli.recipe.evaluate import FAMILIES, Family
 from hysparse_cli.texts.documents import read_documents
 from hysparse_cli.texts.facts import Task, write_context
 from hysparse_cli.texts.ruler import Prompt, write_prompt
-from tests.evaluate.test_retrieval import FILLERS, tokenizer
+from tests.texts.test_facts import FILLERS, tokenizer
 
 __all__ = ["tokenizer"]  # a fixture
 

@@ -1,4 +1,4 @@
-"""Block lists to measure with: as a model made them, local like those, or drawn at random.
+"""Makes block lists to measure with: a model's own, local like those, or drawn at random.
 
 All are (1, T, G, K) int32: blocks that the query sees, ascending, -1 pads at the end.
 """
@@ -47,9 +47,8 @@ def read_lists(
     kept = max(x.shape[2] for x in stored)
     if (kept, made_with) != (top_k_blocks, block_size):
         raise InvalidRecipe(
-            f"lists {path} select {kept} blocks of {made_with}: set "
-            f"bench_kernels.block_size={made_with} and "
-            f"bench_kernels.top_k_tokens={kept * made_with} to measure with them"
+            f"lists {path} select {kept} blocks of {made_with}: give block_size {made_with} and "
+            f"top_k_tokens {kept * made_with} to measure with them"
         )
     maps = torch.cat(stored, dim=1)  # [T, layers x G, K]
     maps = maps[:, torch.arange(kv_heads) % maps.shape[1]]

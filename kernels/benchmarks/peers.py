@@ -1,4 +1,4 @@
-"""Other people's attention, called as ours is: q (B, T, H, D), k and v (B, S, G, D) in, out too.
+"""Calls other people's attention as ours is called: q (B, T, H, D), k and v (B, S, G, D) in.
 
 Each function imports what it needs when it is called, and raises whatever that raises: the row of
 the table then names the reason.
@@ -10,6 +10,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CUDNN, FLASH = "cuDNN", "FlashAttention 2"
+FLA_NSA, XUNHAO_NSA, FLA_WINDOW = "fla NSA", "XunhaoLai NSA", "fla parallel_attn"
+UNSELECTED, TORCH_TOPK = "the same without TopK", "torch.topk alone"
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -23,16 +27,8 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fla_nsa(q: Tensor, k: Tensor, v: Tensor, block_idx: Tensor, *, block_size: int) -> Tensor:
-    """The selected branch of NSA in flash-linear-attention (PyPI: fla-core, einops).
-
-    Its tuner also tries tiles of fewer than 16 (query, head) rows, which don't compile: left out.
-    """
-    module = import_module("fla.ops.nsa.parallel")
-    group = q.shape[2] // k.shape[2]
-    module.parallel_nsa_bwd_kernel_dkv.fn.early_config_prune = lambda configs, *args, **named: [
-        config for config in configs if 16 <= config.kwargs["BQ"] * group <= 256
-    ]
-    attend = module.ParallelNSAFunction.apply
+    """The selected branch of NSA in flash-linear-attention (PyPI: fla-core, einops)."""
+    attend = import_module("fla.ops.nsa.parallel").ParallelNSAFunction.apply
     num_blocks, scale = block_idx.shape[-1], q.shape[-1] ** -0.5
     out: Tensor = attend(q, k, v, block_idx, num_blocks, block_size, scale, None)
     return out

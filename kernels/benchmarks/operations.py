@@ -1,13 +1,36 @@
-"""The ops as they are timed: a call by whatever backend is chosen, and the same in eager torch."""
+"""Makes the ops as they are timed: called by the chosen backend, and the same in eager torch."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import hysparse_kernels as ops
-from hysparse_cli.bench.kernels.check import Operation, Tensors
 from hysparse_kernels import KeyRange
+
+PER_QUERY = ("q", "gate_logits", "block_idx")
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One op as it is timed: ``call`` by whatever backend is chosen, ``plain`` in eager torch.
+
+    Both take the inputs and what each query sees; ``call`` may take options of the op too. An input
+    is by query (``PER_QUERY``), by key, or without a batch, such as sinks.
+
+    name: of the op in ``hysparse_kernels``. block_size: None where it has no blocks.
+    """
+
+    name: str
+    inputs: Tensors
+    seen: KeyRange
+    call: Callable[..., Any]
+    plain: Callable[[Tensors, KeyRange], Tensor]
+    block_size: int | None = None
 
 
 def full(inputs: Tensors, seen: KeyRange, *, block_size: int, top_k_blocks: int) -> Operation:
@@ -20,7 +43,7 @@ def full(inputs: Tensors, seen: KeyRange, *, block_size: int, top_k_blocks: int)
         )
 
     def plain(x: Tensors, seen: KeyRange) -> Tensor:
-        return plain_attention(*_qkv(x), [_visible(seen, x["k"])])
+        return plain_attention(*_qkv(x), [visible_keys(seen, x["k"])])
 
     return Operation("full_attention", inputs, seen, call, plain, size)
 
@@ -34,7 +57,7 @@ def block_sparse(inputs: Tensors, seen: KeyRange, *, block_size: int) -> Operati
         )
 
     def plain(x: Tensors, seen: KeyRange) -> Tensor:
-        visible = [_visible(seen, x["k"]), _listed(x["block_idx"], x["k"], block_size)]
+        visible = [visible_keys(seen, x["k"]), _listed(x["block_idx"], x["k"], block_size)]
         return plain_attention(*_qkv(x), visible)
 
     return Operation("block_sparse_attention", inputs, seen, call, plain, block_size)
@@ -49,7 +72,7 @@ def window(inputs: Tensors, seen: KeyRange, *, window_tokens: int) -> Operation:
         )
 
     def plain(x: Tensors, seen: KeyRange) -> Tensor:
-        visible = [_visible(seen, x["k"]), _recent(seen, x["k"], window_tokens)]
+        visible = [visible_keys(seen, x["k"]), _recent(seen, x["k"], window_tokens)]
         return plain_attention(*_qkv(x), visible, x["sinks"])
 
     return Operation("sliding_window_attention", inputs, seen, call, plain)
@@ -85,9 +108,9 @@ def sparse_layer(
     def plain(x: Tensors, seen: KeyRange) -> Tensor:
         q, k, v = _qkv(x)
         own, (sparse_sink, window_sink) = window_range or seen, x["sinks"].unbind(-1)
-        visible = [_visible(seen, k), _listed(x["block_idx"], k, block_size)]
+        visible = [visible_keys(seen, k), _listed(x["block_idx"], k, block_size)]
         o_sparse = plain_attention(q, k, v, visible, sparse_sink)
-        visible = [_visible(own, x["window_k"]), _recent(own, x["window_k"], window_tokens)]
+        visible = [visible_keys(own, x["window_k"]), _recent(own, x["window_k"], window_tokens)]
         o_window = plain_attention(q, x["window_k"], x["window_v"], visible, window_sink)
         gates = x["gate_logits"].sigmoid()
         return gates[..., :1] * o_sparse + gates[..., 1:] * o_window
@@ -102,17 +125,27 @@ def plain_attention(
 
     Args: visible: (B, T, G or 1, S) bool, all of which a key must pass. Returns: (B, T, H, D).
     """
-    groups = k.shape[2]
-    by_group = q.reshape(*q.shape[:2], groups, -1, q.shape[-1])
-    logits = torch.einsum("btgrd,bsgd->btgrs", by_group, k)
-    logits = logits * q.shape[-1] ** -0.5
-    for mask in visible:
-        logits = logits.masked_fill(~mask[:, :, :, None], -torch.inf)
+    logits = plain_logits(q, k, visible)
     if sinks is not None:
-        column = sinks.to(logits.dtype).view(1, 1, groups, -1, 1).expand(*logits.shape[:-1], 1)
+        column = sinks.to(logits.dtype).view(1, 1, k.shape[2], -1, 1).expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, column], dim=-1)
     weights = logits.softmax(-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[1]]
     return torch.einsum("btgrs,bsgd->btgrd", weights, v).flatten(2, 3)
+
+
+def plain_logits(q: Tensor, k: Tensor, visible: list[Tensor]) -> Tensor:
+    """Scaled logits (B, T, G, H / G, S) in the inputs' dtype; -inf where a key is not visible."""
+    by_group = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    logits: Tensor = torch.einsum("btgrd,bsgd->btgrs", by_group, k)
+    logits = logits * q.shape[-1] ** -0.5
+    for mask in visible:
+        logits = logits.masked_fill(~mask[:, :, :, None], -torch.inf)
+    return logits
+
+
+def visible_keys(seen: KeyRange, k: Tensor) -> Tensor:
+    """(B, T, 1, S) bool: what ``seen`` shows."""
+    return seen.sees(_slots(k).expand(1, seen.last.shape[1], -1))[:, :, None]
 
 
 def _qkv(x: Tensors) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,11 +154,6 @@ def _qkv(x: Tensors) -> tuple[Tensor, Tensor, Tensor]:
 
 def _slots(k: Tensor) -> Tensor:
     return torch.arange(k.shape[1], device=k.device)
-
-
-def _visible(seen: KeyRange, k: Tensor) -> Tensor:
-    """(B, T, 1, S) bool: what ``seen`` shows."""
-    return seen.sees(_slots(k).expand(1, seen.last.shape[1], -1))[:, :, None]
 
 
 def _recent(seen: KeyRange, k: Tensor, window_tokens: int) -> Tensor:

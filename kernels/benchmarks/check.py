@@ -1,42 +1,22 @@
-"""Whether a kernel is right, on a slice of the very inputs it is timed on.
+"""Checks a kernel on a slice of the very inputs it is timed on.
 
 By the law of ``hysparse_kernels.tolerance``.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.operations import PER_QUERY, Operation, Tensors, plain_logits, visible_keys
+from hysparse_cli.bench.selection import scores_of, shortfall
 from hysparse_kernels import KeyRange
 from hysparse_kernels.backends import run_by
 from hysparse_kernels.tolerance import FACTOR, Error, judge
 
 CHECKED_QUERIES = 64
 CHECKED_SEQUENCES = 2
-PER_QUERY = ("q", "gate_logits", "block_idx")
-
-Tensors = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One op as it is timed: ``call`` by whatever backend is chosen, ``plain`` in eager torch.
-
-    Both take the inputs and what each query sees; ``call`` may take options of the op too. An input
-    is by query (``PER_QUERY``), by key, or without a batch, such as sinks.
-
-    name: of the op in ``hysparse_kernels``. block_size: None where it has no blocks.
-    """
-
-    name: str
-    inputs: Tensors
-    seen: KeyRange
-    call: Callable[..., Any]
-    plain: Callable[[Tensors, KeyRange], Tensor]
-    block_size: int | None = None
 
 
 def check_forward(operation: Operation) -> list[Error]:
@@ -128,28 +108,10 @@ def _selection_error(
 
 def _plain_scores(q: Tensor, k: Tensor, seen: KeyRange, block_size: int) -> Tensor:
     """Block scores (B, t, G, N) as eager attention in the inputs' dtype would have them."""
-    keys, groups = k.shape[1], k.shape[2]
-    by_group = q.reshape(*q.shape[:2], groups, -1, q.shape[-1])
-    logits = torch.einsum("btgrd,bsgd->btgrs", by_group, k)
-    logits = logits * q.shape[-1] ** -0.5
-    visible = seen.sees(torch.arange(keys, device=q.device).expand(1, q.shape[1], keys))
-    logits = logits.masked_fill(~visible[:, :, None, None], -torch.inf)
+    logits = plain_logits(q, k, [visible_keys(seen, k)])
     weights = logits.softmax(-1, dtype=torch.float32).amax(3)
-    padded = torch.nn.functional.pad(weights, (0, -keys % block_size))
+    padded = torch.nn.functional.pad(weights, (0, -k.shape[1] % block_size))
     return padded.reshape(*padded.shape[:-1], -1, block_size).amax(-1)
-
-
-def shortfall(found: Tensor, best: Tensor) -> float:
-    """The largest part by which ``found`` differs from ``best``, descending float64 scores."""
-    return float(((found - best) / best.clamp(min=torch.finfo(best.dtype).tiny)).abs().max())
-
-
-def scores_of(block_idx: Tensor, scores: Tensor) -> Tensor:
-    """The scores of these blocks, descending; 0 for a pad or what is no block."""
-    num_blocks = scores.shape[-1]
-    found = scores.gather(-1, block_idx.long().clamp(0, num_blocks - 1))
-    none = (block_idx < 0) | (block_idx >= num_blocks)
-    return found.masked_fill(none, 0).sort(dim=-1, descending=True).values
 
 
 def _wide(inputs: Tensors) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A row's work: an op ready to be timed and checked, what it costs, and who else does the same."""
+"""Readies the case of a row: an op to be timed and checked, what it costs, and its peers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,20 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hysparse_cli.bench.kernels.check import (
-    Operation,
-    Tensors,
-    check_backward,
-    check_forward,
-    leaves_of,
-    output_of,
-)
-from hysparse_cli.bench.kernels.clock import Run
-from hysparse_cli.recipe import KernelBenchOptions
+from benchmarks.check import check_backward, check_forward, leaves_of, output_of
+from benchmarks.clock import Run
+from benchmarks.operations import Operation, Tensors
+from benchmarks.options import Options
+from hysparse_cli.bench.work import ATTENTION_BACKWARD, Work
 from hysparse_kernels import KeyRange, causal
 from hysparse_kernels.tolerance import Error
-
-BACKWARD_OVER_FORWARD = 2.5  # matrix multiplications: five, to two
 
 
 @dataclass(frozen=True)
@@ -55,17 +48,16 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Work:
+class Ready:
     """An op ready to be timed; ``runs`` are alike, several only where a graph holds them all.
 
-    flops: of one run. moved: bytes that one run must read and write at the least.
+    work: of one run, at the least.
     """
 
     operation: Operation
     runs: list[Run]
     check: Callable[[], list[Error]]
-    flops: float
-    moved: int
+    work: Work
     peers: list[Peer] = field(default_factory=list)
 
 
@@ -76,14 +68,14 @@ class Case:
     name: str
     shape: Shape
     bound: str
-    start: Callable[[], Work]
+    start: Callable[[], Ready]
     in_graph: bool = False
 
 
 class Inputs:
     """Makes inputs of one shape, standard normal, the same in every run."""
 
-    def __init__(self, options: KernelBenchOptions, shape: Shape, device: torch.device):
+    def __init__(self, options: Options, shape: Shape, device: torch.device):
         self.options, self.shape, self.device = options, shape, device
 
     def chance(self, seed: int) -> torch.Generator:
@@ -134,14 +126,14 @@ def forward_of(operation: Operation) -> Run:
 
 
 def backward_run(function: Callable[[Tensors], Any], inputs: Tensors, grad_out: Tensor) -> Run:
-    """The backward alone of ``function``, whose forward is run here."""
+    """Only the backward of ``function``, whose forward is run here."""
     leaves = leaves_of(inputs)
     wanted = [x for x in leaves.values() if x.requires_grad]
     out = output_of(function(leaves))
     return lambda: torch.autograd.grad(out, wanted, grad_out, retain_graph=True)
 
 
-def work_of(operation: Operation, grad_out: Tensor | None, pairs: int, peers: list[Peer]) -> Work:
+def ready(operation: Operation, grad_out: Tensor | None, pairs: int, peers: list[Peer]) -> Ready:
     """The forward of ``operation``, or where ``grad_out`` is given its backward.
 
     pairs: how many (query, key) pairs it computes, all heads together.
@@ -151,18 +143,12 @@ def work_of(operation: Operation, grad_out: Tensor | None, pairs: int, peers: li
     flops = 4.0 * q.shape[-1] * pairs
     moved = q.nbytes + sum(x.nbytes for x in inputs.values())
     if grad_out is None:
-        run = forward_of(operation)
-        return Work(operation, [run], lambda: check_forward(operation), flops, moved, peers)
+        run, work = forward_of(operation), Work(flops, moved)
+        return Ready(operation, [run], lambda: check_forward(operation), work, peers)
     run = backward_run(lambda x: operation.call(x, seen), inputs, grad_out)
     moved += grad_out.nbytes + sum(x.nbytes for x in inputs.values() if x.is_floating_point())
-    return Work(
-        operation,
-        [run],
-        lambda: check_backward(operation, grad_out),
-        BACKWARD_OVER_FORWARD * flops,
-        moved,
-        peers,
-    )
+    work = Work(ATTENTION_BACKWARD * flops, moved)
+    return Ready(operation, [run], lambda: check_backward(operation, grad_out), work, peers)
 
 
 def peer_of(
@@ -172,7 +158,7 @@ def peer_of(
     inputs: Tensors,
     grad_out: Tensor | None,
 ) -> Peer:
-    """``function`` as a peer of the same direction as in ``work_of``."""
+    """``function`` as a peer of the same direction as in ``ready``."""
 
     def start() -> list[Run]:
         if grad_out is None:
