@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hysparse_cli.bench.attention import DENSE_NAME, record_attention
+from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.bench.decode import Decoding, _graph_of
 from hysparse_cli.bench.subjects import subjects_of
 from hysparse_cli.bench.weights import Weights
+from hysparse_cli.model.attention import DENSE_NAME
 from hysparse_cli.recipe import BenchOptions
 from tests.conftest import Hysparse
 from tests.model.tiny import dense_config
@@ -35,9 +36,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_graph_decodes_what_eager_steps_do(config: Path, which: int) -> None:
     options = BenchOptions(config=str(config), context=[200], **SPARSE)  # type: ignore[arg-type]
     subject = subjects_of(None, options, on_cuda=True)[which]
-    record_attention(subject.is_dense, subject.backend)
     device = torch.device("cuda")
     model = Weights(subject, "bfloat16", device, 0).model
+    AttentionPart(subject.backend).attach(model)
     eager, replayed = (Decoding(model, 200, 2, seed=1) for _ in range(2))
     run = _graph_of(replayed.step, replayed.rewind, device)
     run()
