@@ -17,7 +17,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from hysparse_cli import __version__, processes
+import hysparse_cli
+from hysparse_cli import processes
 from hysparse_cli.cli import bench, convert, doctor, evaluate, finetune, generate, inspect_topk
 from hysparse_cli.cli.options import Command
 from hysparse_cli.cli.shared import LONGEST_MESSAGE, AlreadySaid, say
@@ -72,7 +73,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"hysparse {__version__}")
+        typer.echo(f"hysparse {hysparse_cli.__version__}")
         raise typer.Exit
 
 
