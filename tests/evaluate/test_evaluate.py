@@ -150,7 +150,7 @@ def test_eval_of_a_converted_checkpoint(
         (["--data", "EMPTY"], 7, "holds no text"),
         (["--retrieval-tokens", "20"], 3, "retrieval_tokens 20 is too short"),
         (["--retrieval-tokens", "513"], 3, "at most 512 tokens"),
-        (["--retrieval-tokens", "1x"], 3, "not a list of lengths such as 512,8k"),
+        (["--retrieval-tokens", "1x"], 3, "not one length such as 512 or 8k"),
         (["--data", "DATA"], 3, "eval.sequence_tokens 2048 is longer"),
         (["--retrieval-forms", "recall,recal"], 3, "eval.retrieval_forms.1: Input should be"),
         (["--retrieval-tokens", "512", "--retrieval-forms", "ruler"], 3, "too short for the"),

@@ -28,37 +28,38 @@ SCHEMA_TYPES: dict[Any, str] = {
 class Arguments:
     """A function's arguments, by name or as the flat row that its torch.library op takes.
 
-    ranges: (name, whether it is a key range). types: flat name -> its type in the op's schema.
+    places: name -> where it is in the flat row; of a key range, a slice. types: flat name -> its
+    type in the op's schema.
     """
 
     def __init__(self, function: Function) -> None:
         hints = get_type_hints(function)
         hints.pop("return", None)
-        self.ranges = tuple((name, hint is KeyRange) for name, hint in hints.items())
+        self.places: dict[str, int | slice] = {}
         self.types: dict[str, str] = {}
         for name, hint in hints.items():
-            fields = get_type_hints(KeyRange) if hint is KeyRange else {}
-            for field, of_field in fields.items():
-                self.types[f"{name}_{field}"] = SCHEMA_TYPES[of_field]
-            if not fields:
+            begin = len(self.types)
+            if hint is KeyRange:
+                for field, of_field in get_type_hints(KeyRange).items():
+                    self.types[f"{name}_{field}"] = SCHEMA_TYPES[of_field]
+                self.places[name] = slice(begin, len(self.types))
+            else:
                 self.types[name] = SCHEMA_TYPES[hint]
+                self.places[name] = begin
 
     def flat(self, named: dict[str, Any]) -> list[Any]:
         """The flat row of arguments by name."""
         row: list[Any] = []
-        for name, is_range in self.ranges:
-            if is_range:
-                row.extend(named[name])
-            else:
-                row.append(named[name])
+        for name, place in self.places.items():
+            row += (named[name],) if type(place) is int else named[name]
         return row
 
     def named(self, row: Sequence[Any]) -> dict[str, Any]:
         """The arguments by name of a flat row."""
-        values, found = iter(row), {}
-        for name, is_range in self.ranges:
-            found[name] = KeyRange(*(next(values) for _ in range(4))) if is_range else next(values)
-        return found
+        return {
+            name: row[place] if type(place) is int else KeyRange(*row[place])
+            for name, place in self.places.items()
+        }
 
     def schema(self, num_results: int) -> str:
         listed = ", ".join(f"{schema_type} {name}" for name, schema_type in self.types.items())
