@@ -1,16 +1,20 @@
 """Lists the strategies that place a number of full layers by what was measured.
 
-``uniform`` needs no scores (pattern.py); ``manual`` is a pattern that is given.
+``uniform`` needs no scores (pattern.py); ``manual`` is a pattern that is given. Imports no torch:
+the recipe takes the names from here.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hysparse_cli.pattern import Pattern
 from hysparse_cli.placement.dp import Weights, best_pattern, weight_of
-from hysparse_cli.placement.overlap import Overlap
-from hysparse_cli.placement.scores import Scores
 from hysparse_cli.placement.search import greedy_path, restore_path
+
+if TYPE_CHECKING:
+    from hysparse_cli.placement.overlap import Overlap
+    from hysparse_cli.placement.scores import Scores
 
 # On a real model of 12 layers, over its patterns with 4 full ones, this sum and the measured KL to
 # dense have a rank correlation of about .9 with 1 to 4; without damage it is below .5.
@@ -26,13 +30,13 @@ class Strategy:
 
     quantity: str
     higher_is_better: bool
-    pick: Callable[[Scores, int], str]
-    score: Callable[[Scores, str], float]
+    pick: "Callable[[Scores, int], str]"
+    score: "Callable[[Scores, str], float]"
     path: Callable[[int, Callable[[str], float]], list[str]] | None = None
     metric: str = ""
 
 
-def overlap_weights(overlap: Overlap) -> Weights:
+def overlap_weights(overlap: "Overlap") -> Weights:
     """What each layer is worth under each server, of a total of 1 where all are full.
 
     weights[a][b] = importance[b] * (similarity[a][b] - DAMAGE_WEIGHT * damage[a][b])
@@ -50,11 +54,11 @@ def overlap_weights(overlap: Overlap) -> Weights:
     ]
 
 
-def _best(scores: Scores, num_full: int) -> str:
+def _best(scores: "Scores", num_full: int) -> str:
     return best_pattern(overlap_weights(scores.overlap), num_full)
 
 
-def _weight(scores: Scores, pattern: str) -> float:
+def _weight(scores: "Scores", pattern: str) -> float:
     return weight_of(overlap_weights(scores.overlap), pattern)
 
 

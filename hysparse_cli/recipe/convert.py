@@ -1,12 +1,13 @@
 """Options of ``hysparse convert``."""
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from hysparse_cli.model.config import SparseKv, WindowKv, check_switches
 from hysparse_cli.model.kinds import LayoutName
+from hysparse_cli.placement.strategies import STRATEGIES
 from hysparse_cli.recipe.fields import (
     TEXT_FILE,
     CommaList,
@@ -30,10 +31,12 @@ from hysparse_cli.recipe.fields import (
     integer,
 )
 
-Strategy = Literal["uniform", "manual", "dp", "greedy", "kl"]
+if TYPE_CHECKING:
+    Strategy = str
+else:
+    Strategy = Literal[("uniform", "manual", *STRATEGIES)]
 Init = Literal["constant", "copy", "aligned"]
 Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
-SCORED = ("dp", "greedy", "kl")
 
 
 def _swaps(value: object) -> object:
@@ -120,7 +123,7 @@ class ConvertOptions(Section):
     @property
     def measures(self) -> bool:
         """Whether the strategy measures the model."""
-        return self.strategy in SCORED
+        return self.strategy in STRATEGIES
 
     @model_validator(mode="after")
     def _consistent(self) -> "ConvertOptions":
@@ -154,7 +157,7 @@ class ConvertOptions(Section):
         if self.measures:
             self._check_scored()
         elif self.scores is not None:
-            raise ValueError(f"scores are of a strategy that measures: {', '.join(SCORED)}")
+            raise ValueError(f"scores are of a strategy that measures: {', '.join(STRATEGIES)}")
         return self
 
     def _check_scored(self) -> None:
