@@ -1,4 +1,4 @@
-"""``python -m hysparse_cli``: what torchrun and other launchers start in each process."""
+"""Runs the command line under ``python -m hysparse_cli``, as torchrun and other launchers do."""
 
 from hysparse_cli.cli import main
 

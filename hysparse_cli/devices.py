@@ -1,4 +1,4 @@
-"""What the machine under a measurement is, and what it says when its memory is full."""
+"""Describes the machine under a measurement, and recognises when its memory is full."""
 
 import gc
 import platform

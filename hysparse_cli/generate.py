@@ -1,4 +1,4 @@
-"""Text from a checkpoint, dense or converted, as it comes."""
+"""Generates text with a checkpoint, dense or converted, and hands it on as it comes."""
 
 import time
 from collections.abc import Callable

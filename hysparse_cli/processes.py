@@ -1,4 +1,4 @@
-"""One process among those that torchrun, accelerate or ``--nproc-per-node`` started, before torch.
+"""Knows a process among those that torchrun, accelerate or ``--nproc-per-node`` started.
 
 A launcher tells each process its place in the environment. Results are for the first process to
 print. An error may strike any of them, and takes the others down with it: only the first to fail

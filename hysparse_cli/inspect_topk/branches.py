@@ -1,4 +1,4 @@
-"""What a sparse layer's two branches do: how far their gates open, and what their sinks take."""
+"""Measures a sparse layer's two branches: how far their gates open, and what their sinks take."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

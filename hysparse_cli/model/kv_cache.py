@@ -1,4 +1,4 @@
-"""How many bytes of keys and values a model holds: the paper's arithmetic, no model needed.
+"""Counts the bytes of keys and values that a model holds, by the paper's arithmetic.
 
 A full attention layer holds every token; a layer with a window of w tokens, the last w - 1: the
 next query brings its own key. (transformers' static cache allocates that one too.)

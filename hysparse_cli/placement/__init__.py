@@ -1,1 +1,1 @@
-"""Which layers stay full: strategies, what they measure, and the file that keeps it."""
+"""Chooses which layers stay full: strategies, what they measure, and the file that keeps it."""

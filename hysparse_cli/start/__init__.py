@@ -1,1 +1,1 @@
-"""How a sparse layer starts (``hysparse convert --init``): measured on the dense model."""
+"""Measures, on the dense model, what a sparse layer starts from (``hysparse convert --init``)."""

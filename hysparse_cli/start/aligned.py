@@ -1,4 +1,4 @@
-"""``--init aligned``: q, k, v and o of each sparse layer fitted to the values that it shares.
+"""Fits q, k, v and o of each sparse layer to the values that it shares (``--init aligned``).
 
 The block-sparse branch reads its server's values, but o_proj was trained on the layer's own. First
 the layer's KV heads are put in the order that suits the server's. Then a matrix A for each KV head

@@ -1,4 +1,4 @@
-"""``--init copy``: each sparse layer keeps its own q, k, v and o; its gates are fitted."""
+"""Keeps q, k, v and o of each sparse layer, and fits its gates (``--init copy``)."""
 
 from typing import Any
 

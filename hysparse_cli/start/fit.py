@@ -1,4 +1,4 @@
-"""Fitting the gates of all sparse layers, in one pass over the calibration text."""
+"""Fits the gates of all sparse layers, in one pass over the calibration text."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which of its server's KV heads each KV head of a sparse layer reads: a permutation of its own.
+"""Permutes the KV heads of a sparse layer, so that each reads the server's head that fits it.
 
 Shape suffixes: H query heads, G KV heads, R query heads of each, D head dim.
 """

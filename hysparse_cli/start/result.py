@@ -1,4 +1,4 @@
-"""What a measured start gives to ``hysparse convert``."""
+"""Holds what a measured start gives to ``hysparse convert``."""
 
 import itertools
 from collections.abc import Callable

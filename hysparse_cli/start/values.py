@@ -1,4 +1,4 @@
-"""Linear maps of the values that a sparse layer shares, and their folding into its weights.
+"""Fits linear maps of the values that a sparse layer shares, and folds them into its weights.
 
 Shape suffixes: G KV heads, R query heads of each, D head dim, C hidden size.
 """

@@ -1,4 +1,4 @@
-"""What the public ops refuse, and their arguments as every backend takes them.
+"""Checks the arguments of the public ops, and brings them into the form that backends take.
 
 Only shapes, dtypes and devices are looked at: to read values, the host would wait for the GPU.
 Shape suffixes as in ``reference``: B batch, T queries, S keys, H query heads, G KV heads.

@@ -1,4 +1,4 @@
-"""Which keys a query may see: the one description of causality, padding and packing."""
+"""Describes which keys a query may see: causality, padding and packing in one form."""
 
 from typing import NamedTuple
 

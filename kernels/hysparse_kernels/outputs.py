@@ -1,4 +1,4 @@
-"""What the attention ops return."""
+"""Names what the attention ops return."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The one law of exactness: a kernel errs at most twice as much as plain torch in its dtype.
+"""Judges a kernel's error: at most twice that of plain torch in its dtype.
 
 Truth is the reference in float64. For gradients the factor is three. Two measures are held to it,
 the largest error and the root mean square. Results of few numbers may err by chance, so each may

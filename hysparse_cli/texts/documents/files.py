@@ -1,4 +1,4 @@
-"""A data file, opened as what it is: by its ending, and by its content where it has none."""
+"""Opens a data file as what it is: by its ending, and by its content where it has none."""
 
 import bz2
 import csv

@@ -1,4 +1,4 @@
-"""Long text in pieces that bound the memory of a tokenizer, read to the tokens of the whole.
+"""Cuts long text into pieces that bound a tokenizer's memory, and gives the tokens of the whole.
 
 A piece is tokenized with some text before and after it, whose tokens are left out again. So its
 tokens are those of the whole text wherever a tokenizer needs no more than CONTEXT_CHARACTERS to

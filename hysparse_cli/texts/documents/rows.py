@@ -1,4 +1,4 @@
-"""A row of data: the text that it holds, or why it holds none."""
+"""Takes the text out of a row of data, or says why it holds none."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

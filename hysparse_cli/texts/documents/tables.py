@@ -1,4 +1,4 @@
-"""Rows of tables: csv, tsv and parquet."""
+"""Reads the rows of tables: csv, tsv and parquet."""
 
 import csv
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A text file: one document, in chunks."""
+"""Reads a text file as one document, in chunks."""
 
 from collections.abc import Iterator
 from pathlib import Path

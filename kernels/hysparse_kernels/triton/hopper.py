@@ -1,4 +1,4 @@
-"""What the warp-specialised kernels for Hopper share: tile sizes, and what they run at all."""
+"""Holds what the warp-specialised kernels for Hopper share: tile sizes, and what they take."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What the kernels share: base-2 logits, soft capping, products in full precision."""
+"""Holds what the kernels share: base-2 logits, soft capping, products in full precision."""
 
 import triton
 import triton.language as tl
