@@ -17,7 +17,7 @@ from hysparse_cli.inspect_topk.statistics import Fit, FitSums, OverlapSums
 from hysparse_cli.inspect_topk.subject import Subject
 from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.observe import observe
-from hysparse_kernels.reference import select_blocks
+from hysparse_kernels.selection import select_blocks
 
 OnLayer = Callable[[int, int], None]
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hysparse_kernels.key_range import KeyRange
 from hysparse_kernels.outputs import Attention, FullAttention
+from hysparse_kernels.selection import distinct, log_block_scores, select_blocks
 
 # Logits, or elements of gathered keys, of one slab: what a CPU caches, what fills a GPU.
 SLAB_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
@@ -43,7 +44,7 @@ def full_attention(
     def select(logits: Tensor, total: Tensor, seen: KeyRange) -> tuple[Tensor, ...]:
         if block_size is None:
             return ()
-        log_scores = _log_block_scores(logits, total, seen, block_size)
+        log_scores = log_block_scores(logits, total, seen, block_size)
         beyond = -(-k.shape[1] // block_size) - log_scores.shape[-1]
         log_scores = F.pad(log_scores, (0, beyond), value=-torch.inf)
         return log_scores, select_blocks(log_scores, top_k_blocks)
@@ -75,7 +76,7 @@ def block_sparse_attention(
     key_range = key_range.inside()
     k, v = _without_hidden(k, v, key_range)
     num_blocks = -(-k.shape[1] // block_size)
-    block_idx = _distinct(block_idx, num_blocks)
+    block_idx = distinct(block_idx, num_blocks)
     within = torch.arange(block_size, device=q.device)
 
     def slots_of(begin: int, end: int) -> tuple[Tensor, Tensor]:
@@ -171,31 +172,6 @@ def sparse_layer_attention(
     return gated_sum(sparse.out, window.out, gate_logits)
 
 
-def _distinct(block_idx: Tensor, num_blocks: int) -> Tensor:
-    """Lists (..., K) as sets: what is no block, or there already, is -1; no more than N entries."""
-    no_block = (block_idx < 0) | (block_idx >= num_blocks)
-    block_idx = block_idx.masked_fill(no_block, -1).sort(dim=-1, descending=True).values
-    repeats = block_idx[..., 1:] == block_idx[..., :-1]
-    block_idx[..., 1:] = block_idx[..., 1:].masked_fill(repeats, -1)
-    if block_idx.shape[-1] > num_blocks:
-        block_idx = block_idx.sort(dim=-1, descending=True).values[..., :num_blocks]
-    return block_idx
-
-
-def select_blocks(log_scores: Tensor, top_k_blocks: int) -> Tensor:
-    """The ``top_k_blocks`` best blocks of ``log_scores`` (..., N), ascending, -1 pads at the end.
-
-    A block of score -inf is never selected; ties go to the earlier block.
-    """
-    num_blocks = log_scores.shape[-1]
-    kept = min(top_k_blocks, num_blocks)
-    best, order = log_scores.sort(dim=-1, descending=True, stable=True)
-    chosen = order[..., :kept].masked_fill(best[..., :kept].isneginf(), num_blocks)
-    chosen = chosen.sort(dim=-1).values
-    chosen = chosen.masked_fill(chosen == num_blocks, -1).int()
-    return F.pad(chosen, (0, top_k_blocks - kept), value=-1)
-
-
 def _attend_masked(
     q: Tensor,
     k: Tensor,
@@ -239,23 +215,6 @@ def _attend_masked(
 
     out, *rest = _in_slabs(attend, T, max(1, SLAB_LOGITS[q.device.type] // max(1, B * H * S)))
     return out.to(q.dtype), *rest
-
-
-def _log_block_scores(
-    logits: Tensor, total: Tensor, key_range: KeyRange, block_size: int
-) -> Tensor:
-    """log of eq. 3, the maximum over the heads of each group: (B, T, G, N), -inf where unseen."""
-    S = logits.shape[-1]
-    if key_range.first is not None:  # bring each query's first key to column 0
-        columns = torch.arange(S, device=logits.device) + key_range.first[..., None]
-        beyond = (columns >= S)[:, :, None, None]
-        columns = columns.clamp(max=max(0, S - 1))[:, :, None, None].expand_as(logits)
-        logits = logits.gather(-1, columns).masked_fill(beyond, -torch.inf)
-    padded = F.pad(logits, (0, -S % block_size), value=-torch.inf)
-    blocks = padded.shape[-1] // block_size
-    best = padded.reshape(*padded.shape[:-1], blocks, block_size).amax(-1)
-    scores: Tensor = (best - total.log()).amax(3)
-    return scores
 
 
 def _attend_gathered(

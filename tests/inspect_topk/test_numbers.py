@@ -16,7 +16,7 @@ from hysparse_cli.inspect_topk.blocks import (
 from hysparse_cli.inspect_topk.selection import LAGS, movements, selection_maps, visible_pairs
 from hysparse_cli.inspect_topk.statistics import FitSums
 from hysparse_kernels import full_attention
-from hysparse_kernels.reference import select_blocks
+from hysparse_kernels.selection import select_blocks
 
 T, H, G, D = 70, 4, 2, 8
 SIZES = Sizes(block_size=8, top_k_blocks=3, window_tokens=6)
