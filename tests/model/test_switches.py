@@ -1,5 +1,6 @@
 """The paper's Table 4 ablations: whose keys and values each branch reads, and no SWA branch."""
 
+import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -187,5 +188,6 @@ def test_convert_writes_the_switches(
     sizes = ("--block-size", 8, "--top-k-tokens", 16, "--window-tokens", 8)
     switch = ("--set", "convert.window_kv=none")
     assert hysparse("convert", tiny_original, tmp_path / "out", *sizes, *switch).exit_code == 0
-    run = hysparse("inspect-topk", tmp_path / "out", "--prompt", "w1 w2 " * 20)
-    assert run.exit_code == 0 and "1.00 0.00" in run.stdout
+    run = hysparse("inspect-topk", tmp_path / "out", "--prompt", "w1 w2 " * 20, "--json")
+    branches = [layer["branches"] for layer in json.loads(run.stdout)["served_layers"]]
+    assert branches and {(b["gate_sparse"], b["gate_window"]) for b in branches} == {(1.0, 0.0)}
