@@ -9,7 +9,7 @@ from threading import Event, Thread, Timer
 from typing import Any, NamedTuple
 
 from hysparse_cli.printable import printable
-from hysparse_cli.units import format_seconds
+from hysparse_cli.units import format_bytes, format_seconds
 
 PATIENCE_SECONDS = 2.0
 TICK_SECONDS = 0.25
@@ -78,7 +78,7 @@ def _training_line(now: Any) -> None:
     if step.number != now.num_steps and step.number % max(1, now.num_steps // 20):
         return
     cells = [f"loss {step.loss:.4f}", f"{now.tokens_per_second:,.0f} tokens/s"]
-    cells += [f"{step.peak_memory_bytes / 1e9:.2f} GB", f"{now.seconds_left:,.0f} s left"]
+    cells += [format_bytes(step.peak_memory_bytes), f"{now.seconds_left:,.0f} s left"]
     stage = f" ({step.objective})" if now.num_stages > 1 else ""
     _Stderr().write(f"step {step.number}/{now.num_steps}{stage}: {', '.join(cells)}\n")
 
@@ -98,7 +98,7 @@ def _training_table(now: Any) -> Any:
         **{title: f"{value:.4f}" for title, value in step.titled_losses().items()},
         "learning rate": f"{step.learning_rate:.1e}",
         "tokens/s": f"{now.tokens_per_second:,.0f}",
-        "peak memory": f"{step.peak_memory_bytes / 1e9:.2f} GB",
+        "peak memory": format_bytes(step.peak_memory_bytes),
         "time left": str(timedelta(seconds=round(now.seconds_left))),
     }
     for name in cells:

@@ -13,6 +13,7 @@ from hysparse_cli.files.checkpoint import Checkpoint, StoredTensor, open_checkpo
 from hysparse_cli.finetune.state import saved_state, state_folder
 from hysparse_cli.finetune.trainable import NEW, adapts_sparse_only, attention_names, in_group
 from hysparse_cli.recipe import FinetuneOptions
+from hysparse_cli.units import format_bytes
 
 STATE_BYTES = 12  # of a trained parameter: its weight and AdamW's two moments, in float32
 ROW_BYTES = 24  # of a token in the buffer of rows: its id, position and label
@@ -47,18 +48,18 @@ def require_disk(out: Path, need: DiskNeed, options: FinetuneOptions) -> str:
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
     free, there = shutil.disk_usage(place).free, saved_state(out) is not None
     if free < need.output + need.state * (1 if there else 2):
-        state = f", its state two times {_size(need.state)} meanwhile" if need.state else ""
+        state = f", its state two times {format_bytes(need.state)} meanwhile" if need.state else ""
         without = "; save_every_steps: off does without state" if need.state else ""
         raise OutOfResources(
-            f"disk full: {out} needs {_size(need.output)}{state}, and {place} has {_size(free)} "
-            f"free: free some, or give OUT on another disk{without}"
+            f"disk full: {out} needs {format_bytes(need.output)}{state}, and {place} has "
+            f"{format_bytes(free)} free: free some, or give OUT on another disk{without}"
         )
     if options.steps_between_saves is None:
         return "no state is saved (save_every_steps: off): a run that is killed begins again"
     every = options.steps_between_saves
     return (
         f"state is saved every {every} step{'s' * (every > 1)} in {state_folder(out)}: about "
-        f"{_size(need.state)} of disk, twice that while saving"
+        f"{format_bytes(need.state)} of disk, twice that while saving"
     )
 
 
@@ -83,7 +84,3 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[StoredTensor]:
 
 def _elements(tensor: StoredTensor) -> int:
     return prod(tensor.shape)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -7,6 +7,7 @@ from typing import Any
 from hysparse_cli.finetune.identity import Run
 from hysparse_cli.finetune.losses import LOSSES
 from hysparse_cli.texts.documents import BadRows
+from hysparse_cli.units import format_bytes
 
 SCHEMA = "hysparse.finetune/4"
 SHOWN_STEPS = 10
@@ -131,5 +132,5 @@ class FinetuneResult:
             f"{tokens:,} tokens, {self.num_trained:,} parameters in {self.dtype}{teacher}"
             f"{skipped}; "
             f"{self.tokens_per_second:,.0f} tokens/s on {self.device}{many}, "
-            f"{self.peak_memory_bytes / 1e9:.2f} GB at most{notes}"
+            f"{format_bytes(self.peak_memory_bytes)} at most{notes}"
         )

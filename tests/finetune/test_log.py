@@ -88,7 +88,7 @@ def test_a_terminal_shows_a_live_table(
         "hidden state error",
         "0.0000",
         "45,679",
-        "12.34 GB",
+        "11.5 GiB",
         "1:02:05",
     ):
         assert cell in shown
