@@ -70,7 +70,11 @@ def test_an_interrupt_while_processes_start_leaves_none(
     wait_for_none(tmp_path)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 3.0], ids=["at once", "while it measures"])
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(0.0, marks=pytest.mark.long), 3.0],
+    ids=["at once", "while it measures"],
+)
 def test_processes_end_with_a_bench_that_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:

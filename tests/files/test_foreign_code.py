@@ -204,7 +204,8 @@ def installed(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param("bench", marks=pytest.mark.long), "finetune", "generate"]
+    "command",
+    [*(pytest.param(n, marks=pytest.mark.long) for n in ("bench", "finetune")), "generate"],
 )
 def test_modules_of_the_working_directory_are_not_imported(
     hostile_folder: Path, tiny_original: Path, text: Path, tmp_path: Path, command: str

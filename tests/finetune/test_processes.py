@@ -193,7 +193,10 @@ def test_only_the_first_process_to_fail_speaks(
     assert not fails_first(1)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)],
+)
 def test_an_interrupt_of_all_processes_is_one_line(
     hysparse: Hysparse,
     tiny_original: Path,

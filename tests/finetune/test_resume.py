@@ -221,7 +221,10 @@ def test_a_state_is_neither_lost_nor_mixed_up(
     assert not state.parent.exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)],
+)
 def test_interrupted_runs_keep_their_state_and_say_so_in_one_line(
     tiny_original: Path, documents_file: Path, tmp_path: Path, number: int, code: int
 ) -> None:

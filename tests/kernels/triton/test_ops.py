@@ -143,7 +143,9 @@ def test_full_attention_its_selection_and_its_gradients(where: str) -> None:
         assert_within_tolerance(a, b, c, gradient=name != "out", name=name)
 
 
-@pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
+@pytest.mark.parametrize(
+    "strided", [pytest.param(False, marks=pytest.mark.long), True], ids=["", "strided"]
+)
 def test_torch_library_finds_nothing_wrong(where: str, strided: bool) -> None:
     layer = Layer(where, 5, batch=1)
     q, k, v, own_k, own_v = (
