@@ -25,7 +25,7 @@ class AttentionPart:
 
     marks: where begin and end of every call are noted, backward ones too; None where they are not.
     calls: every call, ready to be made again; None where they are not kept.
-    witness: sees what the calls were given and gave; None where nobody looks.
+    check: sees what the calls were given and gave; None where nobody looks.
     lists: (1, T, G, K), which sparse layers attend to in place of what was selected for them; or
     None. The selection is computed all the same.
 
@@ -38,7 +38,7 @@ class AttentionPart:
         self.backend = BACKENDS.get(backend)
         self.marks: Marks | None = None
         self.calls: list[LayerCall] | None = None
-        self.witness: AttentionCheck | None = None
+        self.check: AttentionCheck | None = None
         self.lists: Tensor | None = None
 
     def attach(self, model: Any) -> None:
@@ -63,8 +63,8 @@ class AttentionPart:
         if marks is not None:
             marks.mark()
             (out,) = _Mark.apply(marks, out)  # type: ignore[no-untyped-call]
-        if self.witness is not None:
-            self.witness.see(call, out, selected=self.lists is None)
+        if self.check is not None:
+            self.check.see(call, out, selected=self.lists is None)
         return out
 
     def attend(self, call: LayerCall) -> Tensor:

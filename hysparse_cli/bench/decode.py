@@ -95,11 +95,11 @@ def decode(
     """Milliseconds of each of ``steps`` steps, and of their attention calls only; KV bytes held.
 
     The calls are those of one step, with its queries and the cache's keys and values, made again
-    layer after layer. ``part``'s witness sees one more step at the end: no later one changes the
+    layer after layer. ``part``'s check sees one more step at the end: no later one changes the
     cache, and no graph has what it does in it.
     """
     decoding = Decoding(model, context, batch, seed)
-    part.calls, witness, part.witness = [], part.witness, None
+    part.calls, check, part.check = [], part.check, None
     for _ in range(WARM_STEPS):
         part.calls.clear()
         decoding.step()
@@ -108,7 +108,7 @@ def decode(
     device = decoding.ids.device
     whole = _each_ms(decoding.step, decoding.rewind, device, steps)
     attention = _each_ms(lambda: part.repeat(calls), lambda: None, device, steps)
-    part.witness = witness
+    part.check = check
     decoding.step()
     return {"tpots_ms": whole, "attentions_ms": attention, "kv_bytes": decoding.kv_bytes}
 

@@ -138,8 +138,8 @@ class ReadySubject:
             found |= {"work": whole, "attention_work": attention}
         if self.device.type == "cuda":
             found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        if self.part.witness is not None:  # after the peak, of which it is no part
-            found |= self.part.witness.errors()
+        if self.part.check is not None:  # after the peak, of which it is no part
+            found |= self.part.check.errors()
             if reason := wrong(found, torch_dtype(self.subject, self.options.dtype)):
                 return Failed(reason)
         return found
@@ -147,7 +147,7 @@ class ReadySubject:
     def _timed(self, cell: Cell) -> dict[str, Any]:
         model, options = self._model(), self.options
         context, batch, seed = cell.context, cell.batch, options.seed
-        self.part.lists, self.part.witness = self._lists(cell), AttentionCheck()
+        self.part.lists, self.part.check = self._lists(cell), AttentionCheck()
         measured = (model, self.part, context, batch, seed)
         if cell.phase == "prefill":
             counted = batch * kv_cache_of(model.config).total_bytes(context, model.dtype.itemsize)
@@ -232,7 +232,7 @@ class ReadySubject:
         if self._weights is not None:
             self._weights.park()
         part = self.part
-        part.marks = part.calls = part.witness = part.lists = None
+        part.marks = part.calls = part.check = part.lists = None
         free_memory(self.device)
 
 

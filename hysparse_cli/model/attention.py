@@ -5,7 +5,9 @@ function through transformers' AttentionInterface. Both functions make a ``Layer
 get, and let the forward's observer run it, where there is one.
 """
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ ATTENTION_NAME = "hysparse"
 DENSE_NAME = "hysparse_dense"
 
 
+@dataclass(eq=False)
 class LayerCall:
     """One layer's attention in one forward: what it is given, and the ways to attend.
 
@@ -40,28 +43,21 @@ class LayerCall:
     GatesAndSinks gives them; None in other layers.
     """
 
-    def __init__(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        window_tokens: int | None = None,
-        key_range: KeyRange | None = None,
-        state: ForwardState | None = None,
-        branches: tuple[Tensor | None, Tensor] | None = None,
-    ):
-        self.layer, self.q, self.k, self.v = layer, q, k, v
-        self.scale, self.softcap, self.sinks = scale, softcap, sinks
-        self.window_tokens, self.key_range = window_tokens, key_range
-        self.state, self.branches = state, branches
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    window_tokens: int | None = None
+    key_range: KeyRange | None = None
+    state: ForwardState | None = None
+    branches: tuple[Tensor | None, Tensor] | None = None
 
     def replace(self, **changes: Any) -> "LayerCall":
         """The same call with other fields."""
-        return LayerCall(**(vars(self) | changes))
+        return dataclasses.replace(self, **changes)
 
     def attend(self) -> Tensor:
         """The layer's attention, (B, T, H, Dv).

@@ -20,8 +20,8 @@ from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.kv_cache import held_kv_bytes
 from hysparse_cli.model.loading import load
-from tests.listening import listened
 from tests.model.tiny import dense_config, dense_model, hysparse_model
+from tests.observed import observed
 
 SPEC = HysparseSpec("FSSFS", block_size=4, top_k_tokens=8, window_tokens=6)
 
@@ -63,7 +63,7 @@ def test_a_step_of_decoding_is_the_models_own(layout: str, context: int) -> None
     else:
         spec = HysparseSpec(SPEC.pattern, layout, 4, 8, 6)  # type: ignore[arg-type]
         model = hysparse_model("qwen3", spec)
-    listened(model)
+    observed(model)
     decoding = Decoding(model, context, batch=2, seed=0)
     before = DynamicCache(config=model.config)
     for layer, held in enumerate(decoding.cache.layers):
@@ -84,7 +84,7 @@ def test_a_step_of_decoding_is_the_models_own(layout: str, context: int) -> None
 @pytest.mark.parametrize("context", [4, 40])
 def test_a_static_cache_holds_what_arithmetic_says(context: int) -> None:
     model = hysparse_model("qwen3", SPEC, torch.float32)
-    part = listened(model)
+    part = observed(model)
     found = decode(model, part, context, 2, steps=1, seed=0)
     assert found["kv_bytes"] == 2 * static_kv_cache(model.config).total_bytes(context, 4)
 
@@ -93,7 +93,7 @@ def test_dense_attention_is_the_models_own_and_says_what_it_can_not_do() -> None
     model, ids = dense_model("qwen3"), torch.arange(3, 43).view(2, 20)
     with torch.no_grad():
         expected = model(ids).logits
-        listened(model)
+        observed(model)
         assert torch.allclose(model(ids).logits, expected, atol=1e-12)
     q, k = torch.rand(1, 3, 4, 8), torch.rand(1, 3, 2, 8)
     call = LayerCall(0, q, k, k, 1.0, sinks=torch.zeros(4), window_tokens=2)
@@ -103,11 +103,11 @@ def test_dense_attention_is_the_models_own_and_says_what_it_can_not_do() -> None
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layout", ["dense", "hysparse"])
-def test_listening_changes_no_gradient_and_hears_every_call(
+def test_observing_changes_no_gradient_and_sees_every_call(
     layout: str, checkpointing: bool
 ) -> None:
     model = dense_model("qwen3") if layout == "dense" else hysparse_model("qwen3", SPEC)
-    part, ids = listened(model), torch.arange(3, 43).view(2, 20)
+    part, ids = observed(model), torch.arange(3, 43).view(2, 20)
     model.train()
     if checkpointing:
         _switch_checkpointing(model, "enable", {"use_reentrant": False})
@@ -128,7 +128,7 @@ def test_listening_changes_no_gradient_and_hears_every_call(
 @pytest.mark.parametrize("layout", ["dense", "hysparse"])
 def test_attention_is_a_part_of_the_whole(layout: str) -> None:
     model = dense_model("qwen3") if layout == "dense" else hysparse_model("qwen3", SPEC)
-    part = listened(model)
+    part = observed(model)
     start = measure_prefill(model, part, 24, 2, seed=0)
     step = measure_train(model, part, 24, 2, seed=0, checkpointing=True)
     assert 0 < start["attentions_ms"][0] < start["ttfts_ms"][0]
@@ -188,7 +188,7 @@ def test_the_break_even_is_between_the_contexts_around_it() -> None:
 
 def test_given_lists_are_what_sparse_layers_read() -> None:
     model = hysparse_model("qwen3", SPEC)
-    part, ids = listened(model), torch.arange(3, 43).view(2, 20)
+    part, ids = observed(model), torch.arange(3, 43).view(2, 20)
     with torch.no_grad():
         own = model(ids).logits
         part.calls, part.lists = [], local_lists(20, 2, 2, 4, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The witness of a bench: it sees right attention as right, and wrong attention as wrong."""
+"""The check of a bench's attention finds right attention right, and wrong attention wrong."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +15,8 @@ from hysparse_cli.bench.train import measure_train
 from hysparse_cli.model.attention import LayerCall
 from hysparse_cli.model.config import HysparseSpec
 from hysparse_cli.model.state import ForwardState
-from tests.listening import listened
 from tests.model.tiny import dense_model, hysparse_model
+from tests.observed import observed
 
 PATTERN, SIZES = "FSSFS", {"block_size": 4, "top_k_tokens": 8, "window_tokens": 6}
 ALL = {"full_attention_error", "sparse_attention_error", "selection_error"}
@@ -28,15 +28,15 @@ LAYOUTS: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 
 
-def listened_model(switches: dict[str, Any]) -> tuple[Any, AttentionPart]:
+def observed_model(switches: dict[str, Any]) -> tuple[Any, AttentionPart]:
     model = hysparse_model("qwen3", HysparseSpec(PATTERN, **{**SIZES, **switches}), torch.float32)
-    return model, listened(model)
+    return model, observed(model)
 
 
 def errors_of(part: AttentionPart, measure: Callable[[], Any]) -> dict[str, float]:
-    part.witness = AttentionCheck()
+    part.check = AttentionCheck()
     measure()
-    return part.witness.errors()
+    return part.check.errors()
 
 
 def found_by_all_phases(model: Any, part: AttentionPart) -> dict[str, dict[str, float]]:
@@ -51,7 +51,7 @@ def found_by_all_phases(model: Any, part: AttentionPart) -> dict[str, dict[str, 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_right_attention_is_within_rounding(layout: str) -> None:
     switches, expected = LAYOUTS[layout]
-    model, part = listened_model(switches)
+    model, part = observed_model(switches)
     for phase, errors in found_by_all_phases(model, part).items():
         assert errors.keys() == expected, phase
         assert wrong(errors, torch.float32) is None
@@ -60,13 +60,13 @@ def test_right_attention_is_within_rounding(layout: str) -> None:
 
 def test_dense_attention_is_held_to_the_same() -> None:
     model = dense_model("qwen3").float()
-    part = listened(model)
+    part = observed(model)
     for errors in found_by_all_phases(model, part).values():
         assert 0 < errors["full_attention_error"] < 1e-6 and len(errors) == 1
 
 
 def test_given_lists_are_read_but_were_not_selected() -> None:
-    model, part = listened_model({})
+    model, part = observed_model({})
     part.lists = local_lists(40, 2, 2, 4, torch.Generator().manual_seed(0))
     errors = errors_of(part, lambda: measure_prefill(model, part, 40, 2, seed=0))
     assert errors.keys() == ALL - {"selection_error"} and wrong(errors, torch.float32) is None
@@ -74,7 +74,7 @@ def test_given_lists_are_read_but_were_not_selected() -> None:
 
 @pytest.mark.parametrize("kind", ["full", "sparse"])
 def test_wrong_attention_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, part = listened_model({})
+    model, part = observed_model({})
     right = part.attend
 
     def off(call: LayerCall) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_wrong_attention_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_wrong_selection_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The earliest blocks in place of the best: the layers that read them do so rightly."""
-    model, part = listened_model({})
+    model, part = observed_model({})
     publish = ForwardState.publish
 
     def earliest(state: ForwardState, layer: int, shared: Any) -> None:

@@ -6,7 +6,7 @@ from hysparse_cli.bench.attention import AttentionPart
 from hysparse_cli.model.attention import ATTENTION_NAME, DENSE_NAME
 
 
-def listened(model: Any) -> AttentionPart:
+def observed(model: Any) -> AttentionPart:
     """The observer of the attention of ``model``, a dense one's SDPA too."""
     part = AttentionPart("sdpa")
     if model.config._attn_implementation != ATTENTION_NAME:
