@@ -160,8 +160,11 @@ def _answer(effect: Effect) -> str:
 
 
 def _more(found: Inspection) -> str:
-    page = found.options.html or "give --html PAGE (or --png, --npz, --json)"
-    return f"Maps, overlap, single layers: {page}"
+    written = [
+        str(path) for path in (found.options.html, found.options.png, found.options.npz) if path
+    ]
+    place = ", ".join(written) or "give --html PAGE (or --png, --npz, --json)"
+    return f"Maps, overlap, single layers: {place}"
 
 
 def _span(layers: Sequence[int]) -> str:

@@ -96,6 +96,8 @@ def test_the_terminal_names_the_page(tiny_original: Path) -> None:
     found = inspected(tiny_original, "FSSF", prompt="w1 w2", html="page.html")
     text = " ".join(drawn_at(80, found))
     assert "single layers: page.html" in text and "Up to 16 tokens every block is selected" in text
+    found = inspected(tiny_original, "FSSF", prompt="w1 w2", png="x.png", npz="x.npz")
+    assert "single layers: x.png, x.npz" in " ".join(drawn_at(80, found))
 
 
 def effects(*next_tokens: str) -> list[Effect]:
